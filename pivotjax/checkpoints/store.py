@@ -1,0 +1,114 @@
+"""Orbax checkpoints: projectors with what is needed to trust them, and training state for resuming."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from pivotjax import files
+from pivotjax.errors import InputError
+from pivotjax.models import projector
+
+FORMAT = 1
+
+
+class Projector(NamedTuple):
+    """A projector read from disk."""
+
+    params: projector.Params
+    info: dict[str, Any]  # format, name, init_id, fingerprint, config, versions, backbone, ...
+
+
+def save_projector(path: Path, params: projector.Params, info: dict[str, Any]) -> None:
+    """Writes one projector as an Orbax checkpoint folder, whole or not at all, replacing what was there.
+
+    `info` (JSON) travels in the checkpoint's metadata; `format` and the parameters' `fingerprint` are added.
+    """
+    info = {"format": FORMAT, "fingerprint": projector.fingerprint(params)} | info
+    with _disk_errors(path), files.atomic_path(path) as temporary:
+        ocp.save(temporary, params, custom_metadata=info)
+
+
+def projector_info(path: Path) -> dict[str, Any]:
+    """The `info` of a projector checkpoint, without reading its arrays."""
+    return _metadata(path).custom_metadata
+
+
+def load_projector(path: Path) -> Projector:
+    """Reads a projector and checks its bytes against its fingerprint."""
+    metadata = _metadata(path)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), metadata.metadata)
+    try:
+        params = ocp.load(path.absolute(), abstract)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+        raise _damaged(path) from error
+    if projector.fingerprint(params) != metadata.custom_metadata["fingerprint"]:
+        raise _damaged(path)
+    return Projector(params, metadata.custom_metadata)
+
+
+def _metadata(path: Path) -> Any:
+    if not path.is_dir():
+        raise InputError(f"no checkpoint at {path}; give the folder of a projector checkpoint")
+    try:
+        metadata = ocp.metadata(path.absolute())
+    except Exception as error:
+        raise _damaged(path) from error
+    if "fingerprint" not in (metadata.custom_metadata or {}):
+        raise InputError(f"{path} is not a projector checkpoint of pivotjax (its metadata names no fingerprint)")
+    return metadata
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path} is not a whole Orbax checkpoint (truncated or damaged); save or copy it again")
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """A full disk is the user's to mend, and no bug."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if any(sign in text for sign in ("No space left", "File too large", "Disk quota", "Errno 28", "Errno 27")):
+            raise InputError(f"cannot write {path}: no space left; free some space or choose another folder") from error
+        raise
+
+
+class TrainingCheckpoints:
+    """Checkpoints of a training run: train state and data iterator, by step."""
+
+    def __init__(self, checkpointer: ocp.training.Checkpointer, folder: Path):
+        self._checkpointer, self._folder = checkpointer, folder
+
+    def save(self, step: int, state: Any, batches: Any) -> None:
+        """Saves atomically; the oldest beyond `keep` are removed after."""
+        self._checkpointer.save_checkpointables(step, {"state": state._asdict(), "data": batches})
+
+    def restore(self, state: Any, batches: Any) -> tuple[Any, Any]:
+        """The newest checkpoint's state (in `state`'s shapes and shardings) and iterator, or the arguments where there is none."""
+        latest = self._checkpointer.latest
+        if latest is None:
+            return state, batches
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state._asdict())
+        try:
+            loaded = self._checkpointer.load_checkpointables(latest, {"state": abstract, "data": batches})
+        except Exception as error:
+            raise InputError(f"the training checkpoint {self._folder}/{latest.step} cannot be read; remove that folder to go on from the one before") from error
+        return type(state)(**loaded["state"]), loaded["data"]
+
+
+@contextlib.contextmanager
+def training_checkpoints(folder: Path, keep: int) -> Iterator[TrainingCheckpoints]:
+    """Opens (and makes) the folder of a run's training checkpoints; a save that was cut off is cleaned away."""
+    files.output_folder(folder)
+    policy = ocp.training.preservation_policies.LatestN(keep)
+    opened = ocp.training.Checkpointer(folder.absolute(), preservation_policy=policy, cleanup_tmp_directories=True)
+    with _disk_errors(folder), opened as checkpointer:  # Orbax tells of a failed save once more when it is closed
+        yield TrainingCheckpoints(checkpointer, folder)

@@ -1,0 +1,64 @@
+"""Projectors to and from PyTorch: LLaVA's key names, torch's `[d_out, d_in]` layout, safetensors files."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pivotjax import files
+from pivotjax.errors import InputError
+from pivotjax.models import projector
+
+# LLaVA's nn.Sequential counts the activations between the linear layers, hence the even numbers.
+_KEY = re.compile(r"(?:model\.)?(?:mm_projector\.)?(?:(?P<index>\d+)\.)?(?P<leaf>weight|bias)")
+_PREFIX = "model.mm_projector."
+
+
+def to_torch(params: projector.Params) -> dict[str, np.ndarray]:
+    """`{"model.mm_projector.0.weight": [d_out, d_in], "model.mm_projector.0.bias": [d_out], "model.mm_projector.2.weight": ...}`;
+    a single layer is LLaVA's `linear`, without a number."""
+    tensors = {}
+    for i in range(len(params)):
+        stem = _PREFIX if len(params) == 1 else f"{_PREFIX}{2 * i}."
+        tensors[f"{stem}weight"] = np.ascontiguousarray(np.asarray(params[f"linear_{i}"]["kernel"]).T)
+        tensors[f"{stem}bias"] = np.asarray(params[f"linear_{i}"]["bias"])
+    return tensors
+
+
+def from_torch(tensors: dict[str, np.ndarray], where: str) -> projector.Params:
+    """Inverse of `to_torch`; every key must belong to the projector."""
+    params: projector.Params = {}
+    for key, value in tensors.items():
+        found = _KEY.fullmatch(key)
+        if not found or int(found["index"] or 0) % 2:
+            raise InputError(f"{where}: {key!r} is no key of an `mm_projector`; expected model.mm_projector.{{0,2,...}}.{{weight,bias}}")
+        layer = params.setdefault(f"linear_{int(found['index'] or 0) // 2}", {})
+        layer["kernel" if found["leaf"] == "weight" else "bias"] = value.T if found["leaf"] == "weight" else value
+    names = [f"linear_{i}" for i in range(len(params))]
+    if not params or any(set(params.get(name, ())) != {"kernel", "bias"} for name in names):
+        raise InputError(f"{where}: layers {sorted(params)} are not a whole projector (weight and bias of each of 0, 2, ...)")
+    return {name: params[name] for name in names}
+
+
+def save_torch(path: Path, params: projector.Params, info: dict[str, Any]) -> None:
+    """Writes a projector as a safetensors file that torch code reads as it is; `info` goes into its metadata as JSON."""
+    with files.atomic_path(path) as temporary:
+        try:
+            save_file(to_torch(params), temporary, metadata={"format": "pt", "pivotjax": json.dumps(info)})
+        except SafetensorError as error:
+            raise InputError(f"cannot write {path}: {error}; free some space or choose another folder") from error
+
+
+def load_torch(path: Path) -> tuple[projector.Params, dict[str, Any]]:
+    """Reads a projector's safetensors file; the second value is its pivotjax `info`, empty if another program wrote it."""
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            info = json.loads((file.metadata() or {}).get("pivotjax", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); save or copy it again") from error
+    return from_torch(tensors, str(path)), info

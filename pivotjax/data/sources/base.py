@@ -1,0 +1,45 @@
+"""What a data source is: a name, the assets it reads, and a function from their files to captioned images."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Item:
+    """One captioned image, not yet rendered.
+
+    `key` names it uniquely over all domains; `concept` decides its split (see `pivotjax.data.concepts`); `image` is
+    what `kind` says: the bytes of an SVG or of a PNG, or a molecule's SMILES.
+    """
+
+    key: str
+    concept: str
+    caption: str
+    image: bytes
+    kind: Literal["svg", "png", "smiles"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A domain: `items` gets the wheel of each of `assets` and returns every item in a fixed order.
+
+    `closed_captions`: there are few captions, seen in every split, and retrieval runs among all of them.
+    """
+
+    name: str
+    assets: tuple[str, ...]
+    licence: str
+    attribution: str
+    items: Callable[[dict[str, Path]], list[Item]]
+    closed_captions: bool = False
+
+
+def distinct(items: Iterable[Item]) -> list[Item]:
+    """The items without those that repeat an earlier drawing under another name, whose concepts might part them."""
+    drawings: dict[bytes, Item] = {}
+    for item in items:
+        drawings.setdefault(re.sub(rb"<!--.*?-->", b"", item.image, flags=re.DOTALL).strip(), item)
+    return list(drawings.values())

@@ -1,0 +1,32 @@
+"""A job's output folder: claimed for one config, never silently mixed with another's."""
+
+from pathlib import Path
+from typing import Any
+
+from pivotjax import config as configs
+from pivotjax import files
+from pivotjax.errors import InputError
+
+_NOT_COMPARED = ("out", "cache")  # where things lie changes nothing about what they are
+
+
+def claim(out: Path, config: Any) -> None:
+    """Makes `out` and saves the resolved config there; InputError if another config's output is in it."""
+    files.output_folder(out)
+    saved = out / "config.yaml"
+    if saved.exists():
+        before, now = _flat(configs.read_yaml(saved)), _flat(configs.resolved(config))
+        for key in sorted(before.keys() | now.keys()):
+            if key.split(".")[0] not in _NOT_COMPARED and before.get(key) != now.get(key):
+                raise InputError(
+                    f"{out} holds output made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
+                    "give another --out, or remove that folder"
+                )
+    files.write_bytes(saved, configs.to_yaml(config).encode())
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    items = [_flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in values.items()]
+    return {key: value for item in items for key, value in item.items()}

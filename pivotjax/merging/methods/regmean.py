@@ -1,0 +1,54 @@
+"""RegMean: the weights that best reproduce what each expert computes on its own inputs."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from pivotjax.errors import InputError
+from pivotjax.merging import spectral
+from pivotjax.merging.calibration import Calibration, own_grams
+from pivotjax.merging.registry import Merged, Share, method
+from pivotjax.merging.updates import Updates, batched, leaves_from
+
+
+@method(
+    "regmean",
+    family="least squares",
+    source="W = (sum_k W_k G_k) (sum_k G_k)^-1, G_k = X_k'X_k with off-diagonal x rho (arXiv 2212.09849)",
+    needs=("calibration",),
+    laws={"identical": {}, "order": {}, "homogeneous": {}, "single": {}},
+)
+def regmean(
+    updates: Updates,
+    *,
+    calibration: Calibration,
+    on: Literal["updates", "weights"] = "updates",
+    rho: Share = 0.9,
+    scale: float = 1.0,
+) -> Merged:
+    """Least squares fit of every layer to all experts' outputs on their own inputs.
+
+    Args:
+        updates: K experts; `on="weights"` needs no base.
+        calibration: gives the Gram matrix of each layer's inputs (an input of 1 last, for the bias).
+        on: what is merged. The fit is linear, so both give the same at `scale` 1; only updates can be scaled.
+        rho: factor on the off-diagonal entries of each Gram matrix.
+        scale: factor on the merged update.
+    """
+    if on == "updates" and not updates.has_base:
+        raise InputError("regmean on updates measures them from a base: give one, or choose on='weights'")
+    if on == "weights" and scale != 1:
+        raise InputError("regmean on weights cannot be scaled: choose on='updates', or leave scale at 1")
+    grams = own_grams(calibration, updates)
+    matrices = batched(lambda d, g: _regmean(d, g, rho, scale), updates.layers, grams)
+    others = {i: scale * leaf for i, leaf in updates.others_mean().items()}
+    return Merged(leaves_from(updates.layout, matrices, others), {})
+
+
+@jax.jit
+def _regmean(update: jax.Array, gram: jax.Array, rho: float, scale: float) -> jax.Array:
+    """`[K, n, d_out, d_in]`, `[K, n, d_in, d_in]` -> `[n, d_out, d_in]`."""
+    shrunk = spectral.shrink(gram, rho)
+    moment = jnp.matmul(update, shrunk, precision="highest").mean(0)
+    return scale * spectral.fit(moment, shrunk.mean(0), update.mean(0))

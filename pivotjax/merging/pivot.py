@@ -1,0 +1,310 @@
+"""PivotMerge (arXiv 2604.22823): shared-space decomposition and filtering, alignment-guided layer-wise merging.
+
+[read] The task and the two components are the paper's. [ours] Their formulas below are our reconstruction: the paper's
+body was not available. Every choice with more than one plausible reading is a named option.
+
+A layer's update `D_k` (bias joined as an input column) is seen through what it does: `E_k = D_k G_k^(1/2)`, with `G_k` the
+second moment of the layer's inputs on expert k's own data. Data-free, `G_k` is the identity and `E_k = D_k`.
+
+1. Shared space: orthonormal output directions `u_1 ... u_r` (spectral.shared_space).
+2. Decomposition: `c_ki = u_i' E_k`, shared pattern `s_i = mean_k c_ki`; what lies outside the space is the residual.
+3. Filtering: conflict projection, consensus gate; filtered updates `D~_k`.
+4. Merging: weights `alpha_k = softmax_k(score_k / T)` a layer, then
+   - data-free: `D = sum_k alpha_k D~_k`;
+   - `gram="own"`: the `D` nearest to what the filtered updates do to their own data,
+     `min_D sum_k alpha_k |(D - D~_k) X_k'|^2`, hence `D = (sum_k alpha_k D~_k G_k) (sum_k alpha_k G_k)^-1`;
+   - `gram="merged"`: layer after layer; inputs `H_k` of a later layer come from the layers already merged, targets are what
+     the experts computed on their own inputs `X_k`: `min_W sum_k alpha_k |W H_k' - W~_k X_k'|^2`.
+   `W = W0 + scale * D`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from pivotjax.errors import InputError
+from pivotjax.merging import diagnostics, spectral
+from pivotjax.merging.calibration import Calibration, checked_gram, own_grams
+from pivotjax.merging.registry import Count, Fraction, Merged, NotNegative, Positive, Share, method
+from pivotjax.merging.spectral import matmul, transpose
+from pivotjax.merging.updates import Updates, batched, leaves_from
+
+Array = jax.Array
+Residual = Literal["drop", "keep_mean", "keep"]
+Gate = Literal["none", "hard", "soft"]
+Rescale = Literal["none", "expert_norm"]
+Scores = Literal["uniform", "energy", "pivot_cosine", "loss_gain"]
+
+
+def _static(**kwargs):
+    return field(metadata={"static": True}, **kwargs)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Knobs:
+    """The options of `pivot` that jitted code needs: words are static, numbers are traced."""
+
+    basis: spectral.Basis = _static()
+    rank: int | None = _static()
+    residual: Residual = _static()
+    conflict: bool = _static()
+    gate: Gate = _static()
+    scores: Scores = _static()
+    rescale: Rescale = _static()
+    energy: float
+    tau: float
+    gamma: float
+    temperature: float
+    rho: float
+    scale: float
+
+
+@method(
+    "pivot",
+    family="shared space",
+    source="PivotMerge (arXiv 2604.22823): components [read], formulas [ours]",
+    needs=("base",),
+    laws={
+        "identical": {"residual": "keep_mean"},
+        "order": {},
+        "homogeneous": {},
+        "average": {"energy": 1.0, "conflict": False, "gate": "none", "rescale": "none", "scores": "uniform"},
+        "single": {},
+    },
+)
+def pivot(
+    updates: Updates,
+    *,
+    calibration: Calibration | None = None,
+    basis: spectral.Basis = "energy",
+    energy: Fraction = 0.9,
+    rank: Count | None = None,
+    residual: Residual = "keep_mean",
+    conflict: bool = True,
+    gate: Gate = "none",
+    tau: Share | None = None,
+    gamma: NotNegative = 1.0,
+    scores: Scores = "uniform",
+    temperature: Positive = 1.0,
+    gram: Literal["auto", "none", "own", "merged"] = "auto",
+    rho: Share = 0.9,
+    rescale: Rescale = "none",
+    scale: float = 1.0,
+) -> Merged:
+    """Decomposes updates in a shared space, filters conflicts and merges layer by layer.
+
+    Args:
+        updates: K experts measured from their base. One expert alone is not filtered.
+        calibration: needed by `gram` other than `none` and by `scores="loss_gain"`.
+        basis: which directions count as shared: `energy`, the largest together; `cross`, the most in common.
+        energy: share of the spectrum that the shared space must reach.
+        rank: a fixed number of directions instead.
+        residual: what lies outside the space: `drop` it, keep its mean over the experts, or keep each expert's own.
+        conflict: remove from `c_ki` its component along the mean of the others where they point against each other.
+        gate: on the consensus `a_i = |s_i| / mean_k |c_ki|` in [0, 1]: `hard` keeps `a_i >= tau`, `soft` multiplies by
+            `a_i^gamma`.
+        tau: threshold of the hard gate; None: `1 / sqrt(K)`, the consensus of unrelated experts.
+        gamma: exponent of the soft gate.
+        scores: what weighs experts a layer: `uniform`; `energy`, the share of `E_k` inside the shared space;
+            `pivot_cosine`, its cosine to the mean of the others; `loss_gain`, by how much the caption loss (all
+            domains) drops when the layer of the plain average is replaced by expert k's.
+        temperature: T of the softmax over experts.
+        gram: the metric (see the module); `auto`: `merged` with calibration, `none` without.
+        rho: factor on the off-diagonal entries of each Gram matrix; with `gram="merged"` the rest `1 - rho` weighs a pull
+            towards the experts' updates, which is the same where inputs do not differ.
+        rescale: `expert_norm` brings a layer's merged update to the mean norm of the experts' updates.
+        scale: lambda, on the merged update.
+    """
+    if gram == "auto":
+        gram = "none" if calibration is None else "merged"
+    if calibration is None and (gram != "none" or scores == "loss_gain"):
+        what = f"gram={gram!r}" if gram != "none" else "scores='loss_gain'"
+        raise InputError(f"pivot with {what} needs calibration data: give it, or leave that option at its default")
+    experts = len(updates.names)
+    if experts == 1:
+        energy, rank = 1.0, None
+    knobs = _Knobs(
+        basis, rank, residual, conflict, gate, scores, rescale,
+        energy, experts**-0.5 if tau is None else tau, gamma, temperature, rho, scale,
+    )  # fmt: skip
+    gains = _loss_gains(updates, calibration) if scores == "loss_gain" else _no_gains(updates)
+    if gram == "none":
+        merged = batched(lambda d, s: _merge_free(d, s, knobs), updates.layers, gains)
+    elif gram == "own":
+        grams = own_grams(calibration, updates)
+        merged = batched(lambda d, g, s: _merge_own(d, g, s, knobs), updates.layers, grams, gains)
+    else:
+        merged = _merge_in_order(updates, calibration, gains, knobs)
+    matrices = {name: result.pop("merged") for name, result in merged.items()}
+    others = {i: scale * leaf for i, leaf in updates.others_mean().items()}
+    leaves = leaves_from(updates.layout, matrices, others)
+    return Merged(leaves, diagnostics.shared_space(updates, merged), {"gram": gram})
+
+
+@jax.jit
+def _merge_free(update: Array, gain: Array, knobs: _Knobs) -> dict[str, Array]:
+    """`[K, n, d_out, d_in]`, `[K, n]` -> merged `[n, d_out, d_in]` and facts."""
+    filtered, facts = _filter(update, knobs)
+    alpha = _layer_weights(update, facts, gain, knobs)
+    return _finish(_weighted(alpha, filtered), update, alpha, facts, knobs)
+
+
+@jax.jit
+def _merge_own(update: Array, gram: Array, gain: Array, knobs: _Knobs) -> dict[str, Array]:
+    """The same with the Gram matrices `[K, n, d_in, d_in]` of each expert's own inputs."""
+    gram = spectral.shrink(gram, knobs.rho)
+    filtered, alpha, facts = _filter_in_metric(update, gram, gain, knobs)
+    moment = _weighted(alpha, matmul(filtered, gram))
+    merged = spectral.fit(moment, _weighted(alpha, gram), _weighted(alpha, filtered))
+    return _finish(merged, update, alpha, facts, knobs)
+
+
+@jax.jit
+def _merge_student(
+    update: Array, base: Array, gram: Array, student: Array, cross: Array, gain: Array, knobs: _Knobs
+) -> dict[str, Array]:
+    """One layer of `gram="merged"`: `gram` is X'X, `student` is H'H and `cross` is X'H, each `[K, 1, d_in, d_in]`.
+
+    With `W = W0 + D` the objective `rho |W H' - W~_k X'|^2 + (1 - rho) |(D - D~_k) diag(H'H)^(1/2)|^2` has the solution
+    below; where `H = X` it is RegMean on the filtered updates.
+    """
+    filtered, alpha, facts = _filter_in_metric(update, spectral.shrink(gram, knobs.rho), gain, knobs)
+    target = matmul(base + filtered, cross) - matmul(base, student)
+    diagonal = jnp.diagonal(student, axis1=-2, axis2=-1)[..., None, :]
+    moment = _weighted(alpha, knobs.rho * target + (1 - knobs.rho) * filtered * diagonal)
+    merged = spectral.fit(moment, _weighted(alpha, spectral.shrink(student, knobs.rho)), _weighted(alpha, filtered))
+    return _finish(merged, update, alpha, facts, knobs)
+
+
+def _merge_in_order(
+    updates: Updates, calibration: Calibration, gains: dict[str, Array], knobs: _Knobs
+) -> dict[str, dict[str, Array]]:
+    """`gram="merged"`: each layer is solved on the inputs that the layers merged before it produce."""
+    for layer in updates.layout.layers:
+        if layer.lead:
+            raise InputError(f"pivot with gram='merged' merges layer after layer, but {layer.name!r} is a stack of "
+                             f"{layer.count}: use gram='own'")
+    grams, base = own_grams(calibration, updates), updates.base_layers
+    experts, results = updates.experts(), {}
+    for layer in updates.layout.layers:
+        name = layer.name
+        student = _student(updates, results)
+        pair = calibration.cross_grams(experts, student, name)
+        h, s = (checked_gram(moment, layer, (len(updates.names),), updates) for moment in pair)
+        results[name] = _merge_student(updates.layers[name], base[name], grams[name], h, s, gains[name], knobs)
+    return results
+
+
+def _student(updates: Updates, results: dict[str, dict[str, Array]]):
+    """The projector merged so far: layers not merged yet are the base's."""
+    merged = {name: results[name]["merged"] if name in results else jnp.zeros_like(base)
+              for name, base in updates.base_layers.items()}
+    leaves = leaves_from(updates.layout, merged, updates.others_mean())
+    return updates.tree(leaves)
+
+
+def _filter_in_metric(
+    update: Array, gram: Array, gain: Array, knobs: _Knobs
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Filters `E_k = D_k G_k^(1/2)`; returns the filtered updates `D~_k`, the weights and the facts."""
+    root, inverse = spectral.root(gram)
+    effects = matmul(update, root)
+    filtered, facts = _filter(effects, knobs)
+    alpha = _layer_weights(effects, facts, gain, knobs)
+    # Only the change goes back through the inverse: what the filter leaves alone stays exact, inputs never seen too.
+    return update + matmul(filtered - effects, inverse), alpha, facts
+
+
+def _filter(effects: Array, knobs: _Knobs) -> tuple[Array, dict[str, Array]]:
+    """Steps 1 to 3 on `[K, n, d_out, d_in]`: filtered effects of the same shape, and facts with leading n."""
+    spectrum, basis = spectral.shared_space(effects, knobs.basis)
+    kept = spectral.leading(spectrum, knobs.energy, knobs.rank)
+    coefficients = jnp.where(kept[..., None], matmul(transpose(basis), effects), 0)
+    rest = effects - matmul(basis, coefficients)
+    energy = _norm(coefficients, (-1, -2)) ** 2 / _nonzero(_norm(effects, (-1, -2)) ** 2)
+    if knobs.conflict and effects.shape[0] > 1:
+        coefficients = _without_conflicts(coefficients)
+    consensus = _norm(coefficients.mean(0), -1) / _nonzero(_norm(coefficients, -1).mean(0))
+    if knobs.gate == "hard":
+        coefficients = jnp.where((consensus >= knobs.tau)[..., None], coefficients, 0)
+    if knobs.gate == "soft":
+        coefficients = coefficients * (consensus**knobs.gamma)[..., None]
+    filtered = matmul(basis, coefficients)
+    if knobs.residual == "keep":
+        filtered = filtered + rest
+    if knobs.residual == "keep_mean":
+        filtered = filtered + rest.mean(0)
+    return filtered, {"spectrum": spectrum, "kept": kept, "consensus": consensus, "energy": energy.T}
+
+
+def _without_conflicts(coefficients: Array) -> Array:
+    """Removes from `c_ki` its component along the mean of the others where their inner product is negative."""
+    others = (coefficients.sum(0) - coefficients) / (coefficients.shape[0] - 1)
+    product = (coefficients * others).sum(-1, keepdims=True)
+    square = _nonzero((others * others).sum(-1, keepdims=True))
+    return coefficients - jnp.minimum(product, 0) / square * others
+
+
+def _layer_weights(effects: Array, facts: dict[str, Array], gain: Array, knobs: _Knobs) -> Array:
+    """`alpha` `[K, n]`; adds the scores to the facts."""
+    score = {"energy": lambda: facts["energy"].T, "pivot_cosine": lambda: _pivot_cosine(effects)}
+    facts["scores"] = score.get(knobs.scores, lambda: gain)().T
+    return jax.nn.softmax(facts["scores"].T / knobs.temperature, axis=0)
+
+
+def _pivot_cosine(effects: Array) -> Array:
+    """Cosine of each expert's effect to the mean of the others', `[K, n]`."""
+    others = effects.sum(0) - effects
+    product = (effects * others).sum((-1, -2))
+    return product / _nonzero(_norm(effects, (-1, -2)) * _norm(others, (-1, -2)))
+
+
+def _finish(
+    merged: Array, update: Array, alpha: Array, facts: dict[str, Array], knobs: _Knobs
+) -> dict[str, Array]:
+    factor = jnp.ones_like(alpha[0])
+    if knobs.rescale == "expert_norm":
+        length = _norm(merged, (-1, -2))
+        factor = jnp.where(length > 0, _norm(update, (-1, -2)).mean(0) / _nonzero(length), 1)
+    return facts | {"merged": knobs.scale * factor[:, None, None] * merged, "weights": alpha.T, "factor": factor}
+
+
+def _loss_gains(updates: Updates, calibration: Calibration) -> dict[str, Array]:
+    """`{layer: [K, n]}`: caption loss of the plain average minus that with one layer replaced by expert k's."""
+    mean, others = {name: matrix.mean(0) for name, matrix in updates.layers.items()}, updates.others_mean()
+    candidates = [leaves_from(updates.layout, mean, others)]
+    for name, matrix in updates.layers.items():
+        for k in range(matrix.shape[0]):
+            for i in range(matrix.shape[1]):
+                swapped = mean | {name: mean[name].at[i].set(matrix[k, i])}
+                candidates.append(leaves_from(updates.layout, swapped, others))
+    losses = calibration.loss(jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(updates.tree, candidates)))
+    if losses.shape != (len(candidates),) or not bool(jnp.isfinite(losses).all()):
+        raise InputError(f"calibration: caption losses of {len(candidates)} projectors must be as many finite numbers")
+    gains, start = {}, 1
+    for name, matrix in updates.layers.items():
+        count = matrix.shape[0] * matrix.shape[1]
+        gains[name] = (losses[0] - losses[start : start + count]).reshape(matrix.shape[:2]).astype(matrix.dtype)
+        start += count
+    return gains
+
+
+def _no_gains(updates: Updates) -> dict[str, Array]:
+    return {name: jnp.zeros(matrix.shape[:2], matrix.dtype) for name, matrix in updates.layers.items()}
+
+
+def _weighted(alpha: Array, stacked: Array) -> Array:
+    """`sum_k alpha[k] stacked[k]`: `[K, n]`, `[K, n, ...]` -> `[n, ...]`."""
+    return jnp.einsum("kn,knij->nij", alpha, stacked, precision="highest")
+
+
+def _norm(x: Array, axis) -> Array:
+    return jnp.sqrt((x * x).sum(axis))
+
+
+def _nonzero(x: Array) -> Array:
+    """`x`, or 1 where it is 0: for quotients whose numerator is 0 there too."""
+    return jnp.where(x == 0, 1, x)

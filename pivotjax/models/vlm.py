@@ -1,0 +1,44 @@
+"""Vision and language together: visual tokens spliced into the text, and the caption loss at caption positions only."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+IMAGE_TOKEN = -200  # LLaVA's placeholder; stands once for every visual token
+
+
+def splice(language, tokens: Int[Array, "B L"], visual: Float[Array, "B V D"]) -> Float[Array, "B L D"]:
+    """Embeds `tokens` with `language.embed` and puts the i-th visual token where the i-th IMAGE_TOKEN of its row stands."""
+    is_image = tokens == IMAGE_TOKEN
+    text = language.embed(jnp.where(is_image, 0, tokens))
+    place = jnp.clip(jnp.cumsum(is_image, axis=-1) - 1, 0, visual.shape[1] - 1)
+    spliced = jnp.take_along_axis(visual, place[..., None], axis=1).astype(text.dtype)
+    return jnp.where(is_image[..., None], spliced, text)
+
+
+def token_nll(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """-log softmax(logits)[target], without keeping a second array of the logits' size."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def caption_nll(
+    language,
+    tokens: Int[Array, "B L"],
+    visual: Float[Array, "B V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    first_position: int,
+    remat: bool = False,
+) -> Float[Array, "B"]:
+    """Sum over a caption's tokens of their negative log-likelihood, in nats, one number a sample.
+
+    Target t is read at sequence position `first_position + t`; `weights` is 1 at real caption tokens (end of sequence
+    included) and 0 at padding. No logits are computed anywhere else. Attention is causal and padding stands on the
+    right, so nothing a caption token sees is padding.
+    """
+    x = splice(language, tokens, visual)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = language(x, positions, None, remat=remat)
+    captions = hidden[:, first_position : first_position + targets.shape[1]]
+    return jnp.sum(weights * token_nll(language.logits(captions), targets), axis=-1)

@@ -1,0 +1,50 @@
+"""AdamW with warm-up and cosine decay, kept apart for every expert."""
+
+from dataclasses import dataclass
+
+import jax
+import optax
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the projectors are trained (LLaVA's stage 1: AdamW, warm-up .03, cosine, no weight decay)."""
+
+    steps: int = 250
+    """Optimizer steps."""
+    batch: int = 8
+    """Samples of each domain in a step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    warmup: float = 0.03
+    """Share of the steps in which the learning rate rises linearly."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    clip: float = 1.0
+    """Largest global gradient norm of an expert."""
+    remat: bool = False
+    """Recompute the LLM's activations in the backward pass (less memory, one more forward pass)."""
+    log_every: int = 5
+    """Write metrics every so many steps."""
+
+
+def schedule(config: TrainingConfig) -> optax.Schedule:
+    """step -> learning rate: linear over the warm-up, then cosine to 0 at the end. No step, not even the first, is at 0."""
+    warmup = max(1, round(config.warmup * config.steps))
+    first = config.learning_rate / warmup
+    return optax.warmup_cosine_decay_schedule(first, config.learning_rate, warmup, max(config.steps, warmup + 1))
+
+
+def adamw(config: TrainingConfig) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW, for one projector."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(schedule(config), b1=0.9, b2=0.999, weight_decay=config.weight_decay),
+    )
+
+
+def per_expert(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimizer for each of K experts stacked on a leading axis: nothing, not even the clipping norm, is shared."""
+    return optax.GradientTransformation(
+        jax.vmap(optimizer.init), lambda updates, state, params: jax.vmap(optimizer.update)(updates, state, params)
+    )
