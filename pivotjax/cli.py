@@ -71,3 +71,7 @@ def _quiet() -> None:
     absl_logging.set_verbosity(absl_logging.ERROR)
     for name in ("absl", "orbax", "jax", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

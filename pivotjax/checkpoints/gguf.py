@@ -20,7 +20,7 @@ _PRE_TOKENIZERS = {
 
 
 class GGUF(Mapping[str, np.ndarray]):
-    """A GGUF file as a lazy mapping from tensor name to float32 array `[d_out, d_in]`; `metadata(key)` for its header."""
+    """A GGUF file: a lazy mapping from tensor name to float32 array `[d_out, d_in]`, and its header's fields."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -48,7 +48,7 @@ class GGUF(Mapping[str, np.ndarray]):
             return self._gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
-            raise InputError(f"{self.path}: tensor {name} is quantised as {kind}, which cannot be read; use another file") from error
+            raise InputError(f"{self.path}: cannot read {name}, quantised as {kind}; use another file") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -61,7 +61,7 @@ class GGUF(Mapping[str, np.ndarray]):
         kind, pre = self.metadata("tokenizer.ggml.model"), self.metadata("tokenizer.ggml.pre", "none")
         if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
             known = ", ".join(f"gpt2/{name}" for name in _PRE_TOKENIZERS)
-            raise InputError(f"{self.path}: tokenizer {kind}/{pre} is not supported (known: {known}); use a Hugging Face folder")
+            raise InputError(f"{self.path}: tokenizer {kind}/{pre} is not known ({known} is); use a Hugging Face folder")
         tokens = self.metadata("tokenizer.ggml.tokens")
         merges = [tuple(merge.split(" ", 1)) for merge in self.metadata("tokenizer.ggml.merges")]
         tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
@@ -77,7 +77,7 @@ class GGUF(Mapping[str, np.ndarray]):
 
 
 def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key matrix `[heads*head_dim, d_in]` from llama.cpp's order (pairs side by side) to rotate-half's."""
+    """A query or key matrix `[heads*head_dim, d_in]` with llama.cpp's order of rows (pairs side by side) made rotate-half's."""
     rows, d_in = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, d_in).swapaxes(1, 2).reshape(rows, d_in)
 
@@ -86,7 +86,7 @@ def _package():
     try:
         import gguf
     except ImportError as error:
-        raise InputError("reading a .gguf file needs the gguf package; install it with: pip install 'pivotjax[demo]'") from error
+        raise InputError("a .gguf file needs the gguf package; install it with: pip install 'pivotjax[demo]'") from error
     return gguf
 
 

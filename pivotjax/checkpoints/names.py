@@ -1,7 +1,7 @@
-"""From a checkpoint's tensor names to a model's parameters, with a contract: every name on both sides is accounted for.
+"""From a checkpoint's tensor names to a model's parameters. The contract: every name on both sides is accounted for.
 
-A table of `Rule`s is written from the model's side. `Rule("layers/q/kernel", ("model.layers.{layer}.self_attn.q_proj.weight",),
-transposed)` says that the leaf `layers/q/kernel`, stacked on its leading axis, takes entry `layer` from that tensor. A
+A table of `Rule`s is written from the model's side. `Rule("layers/up/kernel", ("model.layers.{layer}.mlp.up_proj.weight",),
+transposed)` says that the leaf `layers/up/kernel`, stacked on its leading axis, takes entry `layer` from that tensor. A
 placeholder that also stands in the path (`blocks/{block}/bias`) is a plain substitution instead. Several keys feed one
 leaf where weights are folded. Whatever a table does not explain is an error, never skipped.
 """
@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,13 @@ class _Leaf:
 
 
 def load(
-    tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], abstract, *, ignore: Iterable[str] = (), where: str = "checkpoint"
-):
+    tensors: Mapping[str, np.ndarray],
+    rules: Sequence[Rule],
+    abstract: Any,
+    *,
+    ignore: Iterable[str] = (),
+    where: str = "checkpoint",
+) -> Any:
     """Fills the tree `abstract` (nested dicts of `jax.ShapeDtypeStruct`) from `tensors`; returns it with JAX arrays.
 
     `tensors` is read one tensor at a time, in the order of the leaves, so a lazy mapping never holds the model twice.
@@ -107,13 +113,21 @@ def _listing(names: list[str], others: list[str]) -> str:
 
 
 def _read(leaf: _Leaf, target: jax.ShapeDtypeStruct, tensors: Mapping[str, np.ndarray], where: str) -> jax.Array:
+    """One leaf; beside it at most one of its entries, or its own copy on the way to the device, is in memory."""
     shape = target.shape[1:] if leaf.stacked else target.shape
-    buffer = np.empty((len(leaf.sources), *shape), target.dtype)
-    for entry, keys in zip(buffer, leaf.sources):
-        value = leaf.transform(*(tensors[key] for key in keys))
+
+    def entry(keys):
+        value = leaf.transform(*(tensors[key] for key in keys)).astype(target.dtype, copy=False)
         if value.shape != shape:
-            raise InputError(f"{where}: {keys[0]} gives shape {value.shape}, the model's config needs {shape} for {leaf.path}")
-        entry[...] = value
-        if not np.isfinite(entry.astype(np.float32, copy=False)).all():
+            found, wanted = list(value.shape), list(shape)
+            raise InputError(f"{where}: {keys[0]} gives {leaf.path} the shape {found}; the model's config needs {wanted}")
+        if not np.isfinite(value).all():
             raise InputError(f"{where}: {keys[0]} holds values that are not finite; the file is damaged, get it again")
-    return jnp.asarray(buffer.reshape(target.shape))
+        return value
+
+    if not leaf.stacked:
+        return jnp.asarray(entry(leaf.sources[0]))
+    stack = np.empty(target.shape, target.dtype)
+    for i, keys in enumerate(leaf.sources):
+        stack[i] = entry(keys)
+    return jnp.asarray(stack)

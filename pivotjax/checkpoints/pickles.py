@@ -1,8 +1,8 @@
 """Reads torch `.pth` files (state dicts) as NumPy arrays without torch and without running anything a pickle names.
 
-Both layouts of `torch.save` are read: the zip archive (`data.pkl` and `data/<key>` files) and the older stream of pickles
-followed by the storages. The unpickler knows tensors, storages and OrderedDict; any other global is refused before it is
-looked up, so nothing can be imported or called.
+Both layouts of `torch.save` are read: the zip archive (`data.pkl` and `data/<key>` files) and the older stream of
+pickles followed by the storages. The unpickler knows tensors, storages and OrderedDict; any other global is refused
+before it is looked up, so nothing can be imported or called.
 """
 
 import io
@@ -107,7 +107,7 @@ class _Unpickler(pickle.Unpickler):
             return _GLOBALS[module, name]
         except KeyError:
             raise InputError(
-                f"{self.path} refused: its pickle names {module}.{name}, and only tensors are read (it could run code); "
+                f"{self.path} refused: its pickle names {module}.{name}, which could run code; "
                 "save a plain state_dict, or safetensors"
             ) from None
 
@@ -140,7 +140,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
 
 def _flatten(tree, prefix: str):
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{prefix or 'the top level'} is a {type(tree).__name__}, not a tensor or a dictionary of them")
+        raise ValueError(f"{prefix or 'the top level'} is a {type(tree).__name__}, not a tensor or a dictionary")
     for name, value in tree.items():
         if isinstance(value, _Tensor):
             yield f"{prefix}{name}", value.numpy()
@@ -177,6 +177,6 @@ def _read_legacy(data: bytes, path: Path):
 
 def _array(raw: bytes, storage: _Storage, little: bool) -> np.ndarray:
     if len(raw) != storage.count * storage.dtype.itemsize:
-        raise ValueError(f"a storage has {len(raw)} bytes where {storage.count} elements of {storage.dtype} are promised")
+        raise ValueError(f"a storage has {len(raw)} bytes instead of {storage.count} elements of {storage.dtype}")
     array = np.frombuffer(raw, storage.dtype)
     return array if little == (sys.byteorder == "little") else array.byteswap()

@@ -19,7 +19,7 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
         self.folder = Path(folder)
         self.files = shard_files(self.folder)
         self._opened = [_open(file) for file in self.files]
-        self._where = {name: file for file in self._opened for name in file.keys()}  # noqa: SIM118 (not a dict)
+        self._where = {name: file for file in self._opened for name in file.keys()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._where[name].get_tensor(name)
@@ -39,7 +39,8 @@ def shard_files(folder: Path) -> list[Path]:
         files = [folder / name for name in sorted(set(weight_map.values()))]
         absent = [file.name for file in files if not file.is_file()]
         if absent or not files:
-            raise InputError(f"{index} names shards that are not there ({', '.join(absent) or 'none'}); get the model again")
+            named = ", ".join(absent) or "no shard at all"
+            raise InputError(f"{index} names shards that are not there ({named}); get the model again")
         return files
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]

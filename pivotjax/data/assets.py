@@ -239,17 +239,17 @@ def _run_pip(command: Sequence[str], folder: Path, wanted: Asset) -> tuple[int, 
     """Runs pip with its temporary files inside `folder`, whose growth moves the bar; (exit status, its complaint)."""
     environment = os.environ | {"TMPDIR": str(folder), "TMP": str(folder), "TEMP": str(folder)}
     log = folder / "pip.log"
-    with open(log, "wb") as out, Bar(wanted.size, wanted.package, unit="B") as bar:
+    with open(log, "wb") as out, Bar(wanted.size // 1000, wanted.package, unit="kB") as bar:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
         try:
             while process.poll() is None:
                 time.sleep(_POLL_SECONDS)
-                bar.update(max(0, min(_bytes_in(folder), wanted.size) - bar.done))
+                bar.update(max(0, min(_bytes_in(folder) // 1000, bar.total) - bar.done))
         finally:
             process.kill()
             process.wait()
         if process.returncode == 0:
-            bar.update(wanted.size - bar.done)
+            bar.update(bar.total - bar.done)
     return process.returncode, _complaint(log.read_text(errors="replace"))
 
 

@@ -5,9 +5,9 @@ import json
 import math
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 
 from pivotjax.evaluation.plots import columns, number, pretty
+from pivotjax.evaluation.style import STYLE
 
 Figures = dict[str, tuple[bytes, str]]  # name -> PNG, alternative text
 
@@ -53,11 +53,10 @@ def render(report: dict, headlines: Sequence, verdicts: Sequence, figures: Figur
     links = " ".join(f'<a href="#{_anchor(heading)}">{escape(heading)}</a>' for heading in sections)
     lead = "".join(map(_headline, headlines))
     notes = "".join(f"<p class=note>{escape(str(note))}</p>" for note in report.get("notes", []))
-    style = files("pivotjax.evaluation").joinpath("page.css").read_text()
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<header><h1>{escape(title)}</h1>\n<p class=meta>{_subtitle(report)}</p>\n<nav>{links}</nav></header>\n"
         + (f'<div class="lead">{lead}</div>\n' if lead else "")
         + notes
@@ -161,8 +160,8 @@ def _comparisons(report: dict, verdicts: Sequence, figures: Figures) -> str:
         rows.append(f"<tr><th scope=row>{escape(pretty(other))}</th>{''.join(cells)}</tr>")
     table = _table(["difference in loss to …", *(escape(pretty(p)) for p in pivots)], rows)
     return (
-        f"{body}<h3>Mean of the trained domains</h3>{table}<p class=note>PivotMerge's loss minus the other's, on the same "
-        "items: <span class=better>green</span> PivotMerge better, <span class=worse>red</span> worse, "
+        f"{body}<h3>Mean of the trained domains</h3>{table}<p class=note>PivotMerge's loss minus the other's, on the "
+        "same items: <span class=better>green</span> PivotMerge better, <span class=worse>red</span> worse, "
         "<span class=unclear>grey</span> the interval holds zero.</p>"
     )
 
@@ -197,20 +196,19 @@ def _merges(report: dict, figures: Figures) -> str:
     body = "".join(_figure(name, figures) for name in ("cosines", "spectra", "weights"))
     rows = []
     for name, merge in report.get("merges", {}).items():
-        options = ", ".join(f"{key} {_plain(value)}" for key, value in merge.get("options", {}).items())
+        given = {key: value for key, value in merge.get("options", {}).items() if value is not None}
+        options = ", ".join(f"{key} {_plain(value)}" for key, value in given.items())
         for i, (layer, found) in enumerate(merge.get("layers", {}).items()):
-            norms = found.get("update_norms", {})
-            merged = found.get("merged_norm")
-            first = f"<th scope=row>{escape(pretty(name))}</th>" if i == 0 else "<th scope=row></th>"
+            norms = ", ".join(f"{expert} {number(norm):.3g}" for expert, norm in found.get("update_norms", {}).items())
+            numbers = "".join(f"<td>{_fixed(found.get(key))}</td>" for key in ("rank", "energy_kept", "rescale"))
             rows.append(
-                f"<tr{' class=group' if i == 0 else ''}>{first}<td class=text>{escape(layer)}</td>"
-                f"<td class=text>{escape(', '.join(f'{e} {number(v):.3g}' for e, v in norms.items()))}</td>"
-                f"<td>{_fixed(merged)}</td><td>{_fixed(found.get('energy_kept'))}</td>"
-                f"<td class=text>{escape(options) if i == 0 else ''}</td></tr>"
+                f"<tr{'' if i else ' class=group'}><th scope=row>{'' if i else escape(pretty(name))}</th>"
+                f"<td class=text>{escape(layer)}</td><td class=text>{escape(norms)}</td>{numbers}"
+                f"<td class=text>{'' if i else escape(options)}</td></tr>"
             )
     if rows:
         text = '<th class="text" scope=col>{}</th>'
-        heads = ["merge", text.format("layer"), text.format("norm of each update"), "norm merged", "energy kept"]
+        heads = ["merge", *map(text.format, ("layer", "norm of each update")), "rank", "energy kept", "rescaled by"]
         table = _table([*heads, text.format("options")], rows)
         body += f"<details><summary>Numbers of every merge and layer</summary>{table}</details>"
     return body

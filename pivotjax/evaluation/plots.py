@@ -188,7 +188,10 @@ def spectra(report: dict) -> Plot | None:
             colour = SERIES[i % len(SERIES)]
             if spectrum.size:
                 row[0].plot(
-                    np.arange(1, spectrum.size + 1), spectrum / spectrum.max(), color=colour, label=pretty(name)
+                    np.arange(1, spectrum.size + 1),
+                    spectrum / max(spectrum.max(), 1e-30),
+                    color=colour,
+                    label=pretty(name),
                 )
             if consensus.size:
                 row[1].plot(

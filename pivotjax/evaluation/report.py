@@ -1,4 +1,22 @@
-"""The report of a run: `report.json` with every number, PNG figures, and one `report.html` that needs nothing else."""
+"""The report of a run: `report.json` with every number, PNG figures, and one `report.html` that needs nothing else.
+
+Format 1; every part may be missing. An estimate is {mean, low, high, n}, over several seeds also {seeds, spread}.
+
+    title, created, command: str.  notes: [str].  seeds: [int].  machine, versions, config: {name: value}
+    wall_seconds: {stage: seconds}
+    domains: {domain: {role: "trained" | "unseen", train, calibration, test, choices: int, licence, attribution: str,
+        dropped: {reason: count}}}
+    projectors: {name: {domain or "trained": {loss, retrieval, shuffled_loss, image_gain: estimate}}}
+    comparisons: [{a, b: name, domain, metric: "loss" | "retrieval", difference: estimate of a - b on the same items}]
+    tuned: {method: {option, values: [float], loss: [float], best: float}}
+    merges: {name: {method, options, layers: {layer: {update_norms, weights: {expert: float}, cosines: [[float]],
+        spectrum, consensus: [float], rank: int, energy_kept, rescale: float}}}}
+    training: {experts, joint: {"loss curves": {name: [[step, loss]]}}, diverged: [name]}
+    samples: [{domain, caption, image_png_base64: str, generated: {name: text}}]
+
+Names of projectors: w0, expert:<domain>, joint, average, task_arithmetic, ties, regmean, pivot, pivot:calibrated, and
+<method>:tuned where a scale was tuned.
+"""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +33,7 @@ def write_report(report: dict, folder: Path) -> Path:
     """Writes `report.json`, one PNG a figure and the self-contained `report.html` into `folder`.
 
     Args:
-        report: the numbers, format 1 (`docs/report.md`); parts that are missing are left out of the page.
+        report: the numbers as the module's text describes them; what is missing is left out of the page.
         folder: made where needed.
 
     Returns:

@@ -109,7 +109,7 @@ def load_domain(name: str, data: DataConfig, frozen: Frozen, cache: Path) -> Dom
     )
     folder = cache / "features"
     splits = {
-        split: features.FeatureSource(features.build(f"{name}-{split}", chosen[split], frozen.encoder, folder))
+        split: features.FeatureSource(features.build(f"{name}-{split}", chosen[split], frozen.encoder, folder), name)
         for split in domains.SPLITS
     }
     return Domain(name, splits, {"caption longer than data.max_caption": too_long})

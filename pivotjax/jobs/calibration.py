@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pivotjax.data.captions import Captioner, Encoded
@@ -43,7 +44,8 @@ def of_experts(frozen: Frozen, sources: Sequence[Sequence[FeatureSource]], confi
     captions = Encoded(*(np.concatenate(column) for column in zip(*captions)))
 
     def caption_loss(params: projector.Params) -> jax.Array:
-        return runner.caption_losses(frozen.language, params, features, *captions, frozen.captioner.first_position)
+        language = frozen.language
+        return jnp.asarray(runner.caption_losses(language, language.params, params, features, *captions), jnp.float32)
 
     images = [np.concatenate([read_features(source, config.images) for source in own]) for own in sources]
     return FeatureCalibration(layer_inputs=projector.layer_inputs, features=images, caption_loss=caption_loss)

@@ -19,7 +19,7 @@ def describe(updates: Updates) -> dict[str, dict]:
         `{layer: {"update_norms": {expert: Frobenius norm}, "cosines": [K][K]}}`; a scanned stack has one entry a layer,
         `name[i]`. Without a base the updates are the weights.
     """
-    inner = batched(_inner_products, updates.layers)
+    inner = _inner_products(updates.layers)
     report = {}
     for layer in updates.layout.layers:
         for label, products in zip(layer.labels(), np.asarray(inner[layer.name], np.float64)):
@@ -33,9 +33,14 @@ def describe(updates: Updates) -> dict[str, dict]:
 
 
 @jax.jit
-def _inner_products(update: jax.Array) -> jax.Array:
-    flat = update.reshape(*update.shape[:2], -1).swapaxes(0, 1)
-    return matmul(flat, flat.swapaxes(1, 2))
+def _inner_products(layers: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """`{layer: [K, n, d_out, d_in]}` -> `{layer: [n, K, K]}`."""
+
+    def inner(update: jax.Array) -> jax.Array:
+        flat = update.reshape(*update.shape[:2], -1).swapaxes(0, 1)
+        return matmul(flat, flat.swapaxes(1, 2))
+
+    return batched(inner, layers)
 
 
 def by_expert(updates: Updates, values: np.ndarray) -> dict[str, float]:

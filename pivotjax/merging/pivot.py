@@ -33,6 +33,7 @@ from pivotjax.merging.updates import Updates, batched, leaves_from
 
 Array = jax.Array
 Residual = Literal["drop", "keep_mean", "keep"]
+Metric = Literal["own", "pooled"]
 Gate = Literal["none", "hard", "soft"]
 Rescale = Literal["none", "expert_norm"]
 Scores = Literal["uniform", "energy", "pivot_cosine", "loss_gain"]
@@ -50,6 +51,7 @@ class _Knobs:
     basis: spectral.Basis = _static()
     rank: int | None = _static()
     residual: Residual = _static()
+    metric: Metric = _static()
     conflict: bool = _static()
     gate: Gate = _static()
     scores: Scores = _static()
@@ -90,6 +92,7 @@ def pivot(
     scores: Scores = "uniform",
     temperature: Positive = 1.0,
     gram: Literal["auto", "none", "own", "merged"] = "auto",
+    metric: Metric = "pooled",
     rho: Share = 0.9,
     rescale: Rescale = "none",
     scale: float = 1.0,
@@ -127,15 +130,14 @@ def pivot(
     if experts == 1:
         energy, rank = 1.0, None
     knobs = _Knobs(
-        basis, rank, residual, conflict, gate, scores, rescale,
+        basis, rank, residual, metric, conflict, gate, scores, rescale,
         energy, experts**-0.5 if tau is None else tau, gamma, temperature, rho, scale,
     )  # fmt: skip
     gains = _loss_gains(updates, calibration) if scores == "loss_gain" else _no_gains(updates)
     if gram == "none":
-        merged = batched(lambda d, s: _merge_free(d, s, knobs), updates.layers, gains)
+        merged = _merge_free(updates.layers, gains, knobs)
     elif gram == "own":
-        grams = own_grams(calibration, updates)
-        merged = batched(lambda d, g, s: _merge_own(d, g, s, knobs), updates.layers, grams, gains)
+        merged = _merge_own(updates.layers, own_grams(calibration, updates), gains, knobs)
     else:
         merged = _merge_in_order(updates, calibration, gains, knobs)
     matrices = {name: result.pop("merged") for name, result in merged.items()}
@@ -144,28 +146,40 @@ def pivot(
     return Merged(leaves, diagnostics.shared_space(updates, merged), {"gram": gram})
 
 
-@jax.jit
-def _merge_free(update: Array, gain: Array, knobs: _Knobs) -> dict[str, Array]:
-    """`[K, n, d_out, d_in]`, `[K, n]` -> merged `[n, d_out, d_in]` and facts."""
-    filtered, facts = _filter(update, knobs)
-    alpha = _layer_weights(update, facts, gain, knobs)
-    return _finish(_weighted(alpha, filtered), update, alpha, facts, knobs)
+Layers = dict[str, Array]  # [K, n, ...] a layer
+Facts = dict[str, Array]  # [n, ...] each
 
 
 @jax.jit
-def _merge_own(update: Array, gram: Array, gain: Array, knobs: _Knobs) -> dict[str, Array]:
-    """The same with the Gram matrices `[K, n, d_in, d_in]` of each expert's own inputs."""
-    gram = spectral.shrink(gram, knobs.rho)
-    filtered, alpha, facts = _filter_in_metric(update, gram, gain, knobs)
-    moment = _weighted(alpha, matmul(filtered, gram))
-    merged = spectral.fit(moment, _weighted(alpha, gram), _weighted(alpha, filtered))
-    return _finish(merged, update, alpha, facts, knobs)
+def _merge_free(layers: Layers, gains: Layers, knobs: _Knobs) -> dict[str, Facts]:
+    """`{layer: merged update [n, d_out, d_in] and facts}` of updates `[K, n, d_out, d_in]`."""
+
+    def one(update: Array, gain: Array) -> Facts:
+        filtered, facts = _filter(update, knobs)
+        alpha = _layer_weights(update, facts, gain, knobs)
+        return _finish(_weighted(alpha, filtered), update, alpha, facts, knobs)
+
+    return batched(one, layers, gains)
+
+
+@jax.jit
+def _merge_own(layers: Layers, grams: Layers, gains: Layers, knobs: _Knobs) -> dict[str, Facts]:
+    """The same with Gram matrices `[K, n, d_in, d_in]` of each expert's own inputs."""
+
+    def one(update: Array, gram: Array, gain: Array) -> Facts:
+        gram = spectral.shrink(gram, knobs.rho)
+        filtered, alpha, facts = _filter_in_metric(update, gram, gain, knobs)
+        moment = _weighted(alpha, matmul(filtered, gram))
+        merged = spectral.fit(moment, _weighted(alpha, gram), _weighted(alpha, filtered))
+        return _finish(merged, update, alpha, facts, knobs)
+
+    return batched(one, layers, grams, gains)
 
 
 @jax.jit
 def _merge_student(
     update: Array, base: Array, gram: Array, student: Array, cross: Array, gain: Array, knobs: _Knobs
-) -> dict[str, Array]:
+) -> Facts:
     """One layer of `gram="merged"`: `gram` is X'X, `student` is H'H and `cross` is X'H, each `[K, 1, d_in, d_in]`.
 
     With `W = W0 + D` the objective `rho |W H' - W~_k X'|^2 + (1 - rho) |(D - D~_k) diag(H'H)^(1/2)|^2` has the solution
@@ -181,7 +195,7 @@ def _merge_student(
 
 def _merge_in_order(
     updates: Updates, calibration: Calibration, gains: dict[str, Array], knobs: _Knobs
-) -> dict[str, dict[str, Array]]:
+) -> dict[str, Facts]:
     """`gram="merged"`: each layer is solved on the inputs that the layers merged before it produce."""
     for layer in updates.layout.layers:
         if layer.lead:
@@ -198,7 +212,7 @@ def _merge_in_order(
     return results
 
 
-def _student(updates: Updates, results: dict[str, dict[str, Array]]):
+def _student(updates: Updates, results: dict[str, Facts]):
     """The projector merged so far: layers not merged yet are the base's."""
     merged = {name: results[name]["merged"] if name in results else jnp.zeros_like(base)
               for name, base in updates.base_layers.items()}
@@ -210,7 +224,8 @@ def _filter_in_metric(
     update: Array, gram: Array, gain: Array, knobs: _Knobs
 ) -> tuple[Array, Array, dict[str, Array]]:
     """Filters `E_k = D_k G_k^(1/2)`; returns the filtered updates `D~_k`, the weights and the facts."""
-    root, inverse = spectral.root(gram)
+    lens = gram if knobs.metric == "own" else gram.mean(0, keepdims=True)
+    root, inverse = spectral.root(lens)
     effects = matmul(update, root)
     filtered, facts = _filter(effects, knobs)
     alpha = _layer_weights(effects, facts, gain, knobs)

@@ -138,9 +138,7 @@ def resolve(chosen: Method, options: Mapping[str, Any], experts: Sequence[str] =
     Raises:
         InputError: an unknown option, or a value that its annotation does not allow.
     """
-    given = {ALIASES.get(option, option): value for option, value in options.items()}
-    if len(given) < len(options):
-        raise InputError(f"merge method {chosen.name!r}: give either scale or lambda, they are the same option")
+    given = canonical(chosen, options)
     for option, value in given.items():
         if option not in chosen.options:
             known = ", ".join(chosen.options)
@@ -150,6 +148,14 @@ def resolve(chosen: Method, options: Mapping[str, Any], experts: Sequence[str] =
         if problem:
             raise InputError(f"merge method {chosen.name!r}, option {option!r}: {problem}")
     return {option: given.get(option, default) for option, default in chosen.options.items()}
+
+
+def canonical(chosen: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options under their own names (`lambda` -> `scale`); InputError where one is given twice."""
+    given = {ALIASES.get(option, option): value for option, value in options.items()}
+    if len(given) < len(options):
+        raise InputError(f"merge method {chosen.name!r}: give either scale or lambda, they are the same option")
+    return given
 
 
 def describe() -> list[dict[str, Any]]:

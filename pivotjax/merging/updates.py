@@ -10,6 +10,7 @@ stack), the bias joined as one more input column (an input of 1).
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -124,14 +125,13 @@ class Updates:
 
     @property
     def layers(self) -> dict[str, Array]:
-        """`{layer: [K, n, d_out, d_in (+1)]}` in forward order."""
-        return {layer.name: _matrix(layer, self.stacked) for layer in self.layout.layers}
+        """`{layer: [K, n, d_out, d_in (+1)]}`."""
+        return _matrices(self.layout, self.stacked)
 
     @property
     def base_layers(self) -> dict[str, Array]:
         """`{layer: [n, d_out, d_in (+1)]}` of the base."""
-        one = [leaf[None] for leaf in self.base]
-        return {layer.name: _matrix(layer, one)[0] for layer in self.layout.layers}
+        return _base_matrices(self.layout, self.base)
 
     def experts(self) -> PyTree:
         """The experts' parameters, stacked: leaves `[K, ...]`."""
@@ -151,6 +151,16 @@ def _add(base: list[Array], update: list[Array]) -> list[Array]:
     return [b + u for b, u in zip(base, update)]
 
 
+@partial(jax.jit, static_argnums=0)
+def _matrices(layout: Layout, stacked: list[Array]) -> dict[str, Array]:
+    return {layer.name: _matrix(layer, stacked) for layer in layout.layers}
+
+
+@partial(jax.jit, static_argnums=0)
+def _base_matrices(layout: Layout, base: list[Array]) -> dict[str, Array]:
+    return {layer.name: _matrix(layer, [leaf[None] for leaf in base])[0] for layer in layout.layers}
+
+
 def _matrix(layer: Layer, stacked: Sequence[Array]) -> Array:
     weight = stacked[layer.weight]
     weight = weight.swapaxes(-1, -2) if layer.transposed else weight
@@ -159,6 +169,7 @@ def _matrix(layer: Layer, stacked: Sequence[Array]) -> Array:
     return weight.reshape(weight.shape[0], layer.count, *layer.matrix_shape)
 
 
+@partial(jax.jit, static_argnums=0)
 def leaves_from(layout: Layout, matrices: Mapping[str, Array], others: Mapping[int, Array]) -> list[Array]:
     """The inverse of `Updates.layers` for one merged update.
 
@@ -181,7 +192,7 @@ def leaves_from(layout: Layout, matrices: Mapping[str, Array], others: Mapping[i
 
 
 def batched(function: Callable[..., PyTree], *layers: Mapping[str, Array]) -> dict[str, PyTree]:
-    """Calls `function` once for all layers of equal shapes instead of once a layer.
+    """Calls `function` once for all layers of equal shapes instead of once a layer; for use under `jax.jit`.
 
     Args:
         function: takes one array `[K, n, ...]` for each mapping, n matrices of one or more layers, and returns a pytree
@@ -189,7 +200,7 @@ def batched(function: Callable[..., PyTree], *layers: Mapping[str, Array]) -> di
         *layers: mappings `{layer: [K, n, ...]}` with the same keys.
 
     Returns:
-        `{layer: pytree}` with leaves `[n, ...]`, in the mappings' order.
+        `{layer: pytree}` with leaves `[n, ...]`.
     """
     groups: dict[tuple, list[str]] = {}
     for name in layers[0]:
@@ -200,7 +211,7 @@ def batched(function: Callable[..., PyTree], *layers: Mapping[str, Array]) -> di
         result = function(*(jnp.concatenate([mapping[name] for name in names], 1) for mapping in layers))
         for name, start, stop in zip(names, [0, *stops[:-1]], stops):
             results[name] = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], result)
-    return {name: results[name] for name in layers[0]}
+    return results
 
 
 def read(base: PyTree | None, experts: Mapping[str, PyTree]) -> Updates:

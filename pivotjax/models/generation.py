@@ -38,8 +38,8 @@ def generate(
       top_p: draws from the smallest set of most likely tokens whose probability reaches `top_p` (Holtzman et al. 2020).
       lengths: real tokens of each row; all P where it is None.
 
-    Compiled once for each batch size and bucket of 32 tokens of prompt and of answer. InputError for a bad option, or where
-    prompt and answer do not fit the model's context.
+    Compiled once for each batch size and bucket of 32 tokens of prompt and of answer. InputError for a bad option, or
+    where prompt and answer do not fit the model's context.
     """
     batch, prompt = tokens.shape
     lengths = np.full(batch, prompt, np.int32) if lengths is None else np.asarray(lengths, np.int32)
@@ -71,9 +71,9 @@ def _check(language, visual, tokens, lengths, max_new, temperature, top_p, key) 
     longest, room = int(lengths.max()) + max_new, language.config.max_length
     if longest > room:
         raise InputError(f"prompt and answer take {longest} tokens and {language.name} reads {room}; shorten one of them")
-    images = int((tokens == IMAGE_TOKEN).sum(-1).max())
-    if images != (0 if visual is None else visual.shape[1]):
-        raise InputError(f"the prompt holds {images} image tokens for {0 if visual is None else visual.shape[1]} visual tokens")
+    images, given = (tokens == IMAGE_TOKEN).sum(-1), 0 if visual is None else visual.shape[1]
+    if (images != given).any():
+        raise InputError(f"the prompts hold {images.tolist()} image tokens for {given} visual tokens; they must agree")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -89,7 +89,7 @@ def _generate(graphdef, room, sample, params, visual, tokens, lengths, eos_id, m
         token = jnp.where(ended, eos_id, token).astype(jnp.int32)
         return token, ended | (token == eos_id)
 
-    # The prompt in one pass. A row's padding lies after its last token, so the causal mask hides it from every real token.
+    # The prompt in one pass. A row's padding lies after its last token, where no real token looks.
     x = module.embed(tokens) if visual is None else splice(module, tokens, visual)
     cache = Cache.empty(module.config, batch, prompt + room, x.dtype)
     causal = jnp.broadcast_to(slots <= jnp.arange(prompt)[:, None], (batch, prompt, prompt + room))
@@ -113,7 +113,7 @@ def _generate(graphdef, room, sample, params, visual, tokens, lengths, eos_id, m
 
 
 def _sample(logits: Float[Array, "B vocab"], temperature, top_p, key) -> Int[Array, " B"]:
-    """Draws from `softmax(logits / temperature)` cut to its nucleus: a token stays if those before it hold less than top_p."""
+    """Draws from `softmax(logits / temperature)` cut to its nucleus: a token stays if those before it hold below top_p."""
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
     probability = jax.nn.softmax(ranked)

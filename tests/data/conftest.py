@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
+from pivotjax.data.captions import Captioner
 from pivotjax.data.sources.base import Item
 from pivotjax.models import vision
 
@@ -17,7 +19,7 @@ def patch_means(images: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def encoder(monkeypatch) -> vision.Encoder:
-    """An encoder of 16-pixel images whose features are `patch_means`; `encoder.params["calls"]` lists its batch sizes."""
+    """An encoder of 16-pixel images that gives `patch_means`; `encoder.params["calls"]` lists its batch sizes."""
     calls = []
 
     def encode(encoder, images):
@@ -40,3 +42,12 @@ def make_items():
         ]
 
     return make
+
+
+@pytest.fixture
+def captioner() -> Captioner:
+    """Words are tokens: "show :" is the prompt, three visual tokens, captions of up to five tokens."""
+    words = ["[?]", "<end>", "show", ":", "a", "blue", "circle", "cat", "number", *map(str, range(100))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[?]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return Captioner(tokenizer, eos_id=1, prompt="show :", num_visual=3, max_caption=5)

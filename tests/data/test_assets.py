@@ -25,8 +25,12 @@ def shelf(tmp_path, monkeypatch):
         archive.writestr("tinyweights/weights.bin", WEIGHTS)
         archive.writestr("tinyweights/pictures/b.svg", "<b/>")
         archive.writestr("tinyweights/pictures/a.svg", "<a/>")
-        archive.writestr("tinyweights-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinyweights\nVersion: 1.0\n")
-        archive.writestr("tinyweights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "tinyweights-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinyweights\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            "tinyweights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr("tinyweights-1.0.dist-info/RECORD", "")
     data = wheel.read_bytes()
     tiny = store.Asset(
@@ -60,7 +64,9 @@ def test_fetches_once_then_works_offline(shelf, tmp_path, capsys):
     assert store.plan(["tiny"], cache)[0][1]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-1] + b"?", lambda data: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: data[:-1] + b"?", lambda data: b""]
+)
 def test_broken_file_is_fetched_again(shelf, tmp_path, capsys, damage):
     cache = tmp_path / "cache"
     wheel = store.fetch(["tiny"], cache)["tiny"]

@@ -4,21 +4,10 @@ import pickle
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-from pivotjax.data.captions import Captioner
 from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
 from pivotjax.models.vlm import IMAGE_TOKEN
-
-WORDS = {"[?]": 0, "<end>": 1, "show": 2, ":": 3, "a": 4, "blue": 5, "circle": 6, "cat": 7}
-
-
-@pytest.fixture
-def captioner() -> Captioner:
-    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="[?]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return Captioner(tokenizer, eos_id=1, prompt="show :", num_visual=3, max_caption=5)
 
 
 def test_layout(captioner):

@@ -24,7 +24,8 @@ def png(image: Image.Image, form: str = "PNG", **options) -> bytes:
 
 @pytest.mark.parametrize(("width", "height"), [(640, 512), (384, 512), (24, 24)])
 def test_svg_keeps_its_proportions_in_the_middle_of_white(width, height):
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"><rect width="100%" height="100%"/></svg>'
+    box = f'viewBox="0 0 {width} {height}"'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {box}><rect width="100%" height="100%"/></svg>'
     black = render(picture(svg.encode(), "svg"))[..., 0] < 128
     longest = max(width, height)
     assert abs(black.any(0).sum() - 224 * width / longest) <= 1
@@ -65,7 +66,9 @@ def test_camera_rotation_is_applied(tmp_path):
 
 def test_svg_file(tmp_path):
     path = tmp_path / "x.svg"
-    path.write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1"><rect width="2" height="1" fill="red"/></svg>')
+    path.write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1"><rect width="2" height="1" fill="red"/></svg>'
+    )
     assert tuple(open_image(path)[112, 112]) == (255, 0, 0)
 
 

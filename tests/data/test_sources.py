@@ -60,12 +60,12 @@ def test_equal_captions_share_a_split_over_all_domains(domains):
 
 
 def test_one_picture_is_never_on_both_sides(domains):
-    stroked = [item for name in ("icons", "outlines", "emoji", "shapes") for item in domains[name]]
-    assert len({item.image for item in stroked}) == len(stroked)
+    drawn = [item.image for name in ("emoji", "icons", "symbols", "outlines") for item in domains[name]]
+    assert len({image[image.index(b"<svg") :] for image in drawn}) == len(drawn)  # whatever comments stand before
 
 
 def test_genders_of_an_emoji_share_a_split(domains):
-    """Grouped by Unicode's own encoding of gender, which knows nothing of names: sign sequences and man/woman/person."""
+    """Grouped by Unicode's own encoding of gender, which knows nothing of names: signs and man/woman/person."""
 
     def neutral(item):
         code = item.key.removeprefix("emoji/")
@@ -79,21 +79,22 @@ def test_styles_of_a_symbol_share_a_split(domains):
     assert straddling(grouped(domains["symbols"], lambda item: item.key.split("/")[-1])) == []
 
 
-def test_flat_formulas_share_a_split(domains):
-    groups = defaultdict(list)
-    for item in domains["molecules"]:
-        groups[re.sub(rb"[@/\\\[\]]|H(?=\])|H(?=@)", b"", item.image)].append(item)
-    assert straddling(groups) == []
+def test_stereoisomers_are_one_molecule(domains):
+    flat = {re.sub(rb"\[([A-Z][a-z]?)@+H?\]|[/\\]", rb"\1", item.image) for item in domains["molecules"]}
+    assert len(flat) == len(domains["molecules"])
 
 
 def test_shapes_are_what_their_captions_say(domains):
-    """Colour and form measured on the pixels: hue of the figure, and how much of its bounding box it fills."""
+    """Colour and form measured on the pixels: of the figure, and how much of its bounding box it fills.
+
+    The form only where the figure has 80 of 64 x 64 pixels: below, a triangle's staircase fills its box as a disk does.
+    """
     palette = {
         "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128),
         "green": (0, 255, 0), "red": (255, 0, 0), "teal": (0, 128, 128), "yellow": (255, 255, 0),
     }  # fmt: skip
     fills = {"rectangle": 1.0, "circle": 0.785, "triangle": 0.5}
-    for item in domains["shapes"][::12]:
+    for item in domains["shapes"][::7]:
         image = render(item, 64).astype(int)
         figure = np.abs(image - image[0, 0]).sum(-1) > 120
         colour = np.median(image[figure], axis=0)
@@ -101,7 +102,9 @@ def test_shapes_are_what_their_captions_say(domains):
         fill = figure.sum() / (np.ptp(rows) + 1) / (np.ptp(columns) + 1)
         seen_colour = min(palette, key=lambda name: np.abs(colour - palette[name]).sum())
         seen_shape = min(fills, key=lambda name: abs(fill - fills[name]))
-        assert item.caption == f"a {seen_colour} {seen_shape}", item.key
+        _, colour_word, shape_word = item.caption.split()
+        assert colour_word == seen_colour, item.key
+        assert shape_word == seen_shape or figure.sum() < 80, item.key
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -101,10 +101,15 @@ def _tuned(method: str) -> dict:
 
 def _merge(generator, method: str) -> dict:
     def layer(rank):
-        found = {"update_norms": {d: 20.0 + i for i, d in enumerate(TRAINED)}, "merged_norm": 17.2}
+        found = {"update_norms": {d: 20.0 + i for i, d in enumerate(TRAINED)}}
         found["cosines"] = [[1.0 if i == j else 0.05 * (i + j) - 0.03 for j in range(3)] for i in range(3)]
         if method != "regmean":
-            found |= {"spectrum": np.exp(-np.arange(rank) / 30).tolist(), "energy_kept": 0.91}
+            found |= {
+                "spectrum": np.exp(-np.arange(rank) / 30).tolist(),
+                "energy_kept": 0.91,
+                "rank": rank,
+                "rescale": 1.0,
+            }
             found["consensus"] = np.clip(generator.normal(0.58, 0.06, rank), 0, 1).tolist()
             found["weights"] = dict(zip(TRAINED, generator.dirichlet([9, 9, 9]).tolist()))
         return found

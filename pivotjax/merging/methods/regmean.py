@@ -3,13 +3,12 @@
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from pivotjax.errors import InputError
 from pivotjax.merging import spectral
 from pivotjax.merging.calibration import Calibration, own_grams
 from pivotjax.merging.registry import Merged, Share, method
-from pivotjax.merging.updates import Updates, batched, leaves_from
+from pivotjax.merging.updates import Array, Updates, batched, leaves_from
 
 
 @method(
@@ -41,14 +40,17 @@ def regmean(
     if on == "weights" and scale != 1:
         raise InputError("regmean on weights cannot be scaled: choose on='updates', or leave scale at 1")
     grams = own_grams(calibration, updates)
-    matrices = batched(lambda d, g: _regmean(d, g, rho, scale), updates.layers, grams)
+    matrices = _regmean(updates.layers, grams, rho, scale)
     others = {i: scale * leaf for i, leaf in updates.others_mean().items()}
     return Merged(leaves_from(updates.layout, matrices, others), {})
 
 
 @jax.jit
-def _regmean(update: jax.Array, gram: jax.Array, rho: float, scale: float) -> jax.Array:
-    """`[K, n, d_out, d_in]`, `[K, n, d_in, d_in]` -> `[n, d_out, d_in]`."""
-    shrunk = spectral.shrink(gram, rho)
-    moment = jnp.matmul(update, shrunk, precision="highest").mean(0)
-    return scale * spectral.fit(moment, shrunk.mean(0), update.mean(0))
+def _regmean(layers: dict[str, Array], grams: dict[str, Array], rho: float, scale: float) -> dict[str, Array]:
+    def one(update: Array, gram: Array) -> Array:
+        """`[K, n, d_out, d_in]`, `[K, n, d_in, d_in]` -> `[n, d_out, d_in]`."""
+        shrunk = spectral.shrink(gram, rho)
+        moment = spectral.matmul(update, shrunk).mean(0)
+        return scale * spectral.fit(moment, shrunk.mean(0), update.mean(0))
+
+    return batched(one, layers, grams)

@@ -47,7 +47,7 @@ def load_encoder(path: Path) -> Encoder:
         if marker in tensors:
             graphdef, params, config = load(tensors, str(path))
             return Encoder(path.stem, graphdef, params, config.image_size, _GRID**2, config.head, sha256(path))
-    raise InputError(f"{path}: no known vision encoder has these tensor names; known: EfficientNet-Lite0 (torch state dict)")
+    raise InputError(f"{path} is no vision encoder that can be read; known: the torch state dict of an EfficientNet-Lite0")
 
 
 def encode(encoder: Encoder, images: UInt8[Array, "B 224 224 3"]) -> Float[Array, "B 16 1280"]:
@@ -58,7 +58,8 @@ def encode(encoder: Encoder, images: UInt8[Array, "B 224 224 3"]) -> Float[Array
     """
     side = encoder.image_size
     if images.ndim != 4 or images.shape[1:] != (side, side, 3) or images.dtype != jnp.uint8:
-        raise InputError(f"the encoder takes uint8 images [B, {side}, {side}, 3], not {images.dtype} {list(images.shape)}")
+        found = f"{images.dtype} {list(images.shape)}"
+        raise InputError(f"the encoder takes images as uint8 [B, {side}, {side}, 3], not {found}; resize them first")
     return _encode(encoder.graphdef, encoder.params, images)
 
 
@@ -73,7 +74,7 @@ def _encode(graphdef, params, images):
 
 
 def _bins(size: int, bins: int) -> np.ndarray:
-    """Averaging matrix `[bins, size]` of adaptive pooling: bin i covers floor(i*size/bins) .. ceil((i+1)*size/bins) - 1."""
+    """Averaging matrix `[bins, size]` of adaptive pooling: bin i is floor(i*size/bins) .. ceil((i+1)*size/bins) - 1."""
     matrix = np.zeros((bins, size), np.float32)
     for i in range(bins):
         start, end = i * size // bins, -(-(i + 1) * size // bins)

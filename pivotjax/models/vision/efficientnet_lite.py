@@ -1,7 +1,7 @@
 """EfficientNet-Lite: inverted residual blocks with ReLU6 and no squeeze-and-excite, for inference.
 
-Architecture: Tan and Le 2019 (arXiv 1905.11946) in the Lite form of TensorFlow's release: TF "SAME" padding, BatchNorm eps
-1e-3, pixels as (x - 127) / 128. BatchNorm is folded into the convolution before it when weights are loaded.
+Architecture: Tan and Le 2019 (arXiv 1905.11946) in the Lite form of TensorFlow's release: TF "SAME" padding, BatchNorm
+eps 1e-3, pixels as (x - 127) / 128. BatchNorm is folded into the convolution before it when weights are loaded.
 """
 
 from dataclasses import dataclass
@@ -98,8 +98,8 @@ class Stem(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((channels,)))
 
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, self.kernel[...], (2, 2), "SAME", dimension_numbers=layout) + self.bias[...]
+        y = jax.lax.conv_general_dilated(x, self.kernel[...], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y + self.bias[...]
 
 
 class Block(nnx.Module):
@@ -166,7 +166,7 @@ IGNORE = (r".*\.num_batches_tracked",)
 
 
 def _folded(path: str, conv: str, norm: str, layout) -> list[Rule]:
-    """A convolution without bias and the BatchNorm after it: `kernel * s` and `beta - mean * s`, `s = gamma / sqrt(var + eps)`."""
+    """A convolution and the BatchNorm after it: `kernel * s` and `beta - mean * s`, `s = gamma / sqrt(var + eps)`."""
 
     def scale(gamma, variance):
         return gamma / np.sqrt(variance + np.float32(_NORM_EPS))

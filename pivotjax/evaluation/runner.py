@@ -1,0 +1,204 @@
+"""Projectors meet test items: caption losses and retrieval of P projectors over one frozen language model."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float64
+
+from pivotjax.data.captions import Captioner
+from pivotjax.errors import InputError
+from pivotjax.evaluation import tasks
+from pivotjax.evaluation.metrics import Outcome
+from pivotjax.evaluation.tasks import Packed, Question, TestSet
+from pivotjax.models import projector, vlm
+from pivotjax.models.language import Language
+from pivotjax.progress import Bar
+
+CHOICES = 8  # candidates an image in retrieval
+CONTROL_ITEMS = 24  # items a domain that the shuffled-image control takes
+_SLOTS_A_CALL = 1024  # tokens of one forward pass: enough to keep the cores busy, little enough to keep logits small
+
+
+def evaluate(
+    language: Language,
+    params: Any,
+    projectors: projector.Params,
+    tests: Mapping[str, TestSet],
+    captioner: Captioner,
+    *,
+    choices: int = CHOICES,
+    control_items: int = CONTROL_ITEMS,
+    seed: int = 0,
+) -> dict[str, Outcome]:
+    """Caption loss, retrieval and the shuffled-image control of P projectors on every domain.
+
+    Each image is read once a projector: the loss of an item is minus the log-likelihood of its own caption among the
+    candidates. A candidate's score is its log-likelihood, end token included; a tie counts as wrong. Projectors that
+    are equal bit for bit are computed once, those that are not finite not at all.
+
+    Args:
+        language: the frozen language model.
+        params: its parameters (an argument, so that they may be placed elsewhere than `language.params`).
+        projectors: P projectors, [P, ...] on every leaf.
+        tests: domain -> held-out items.
+        captioner: prompt, number of visual tokens and tokenizer.
+        choices: candidates an image, where the domain has no closed set of answers.
+        control_items: the first so many items of each domain are also read with another item's image; 0 leaves it out.
+        seed: of the drawn candidates.
+
+    Returns:
+        domain -> Outcome; NaN for projectors that are not finite.
+
+    Raises:
+        InputError: a domain without items, with one caption only, or with another number of visual tokens.
+    """
+    questions, spans = [], {}
+    offset = 0
+    for domain, test in tests.items():
+        _check(domain, test, captioner)
+        asked = tasks.retrieval(domain, test, captioner, choices, seed)
+        controls = tasks.shuffled(test, captioner, control_items)
+        spans[domain] = (asked, controls)
+        questions += [question._replace(image=offset + question.image) for question in asked + controls]
+        offset += len(test.captions)
+    features = np.concatenate([test.features for test in tests.values()])
+    packed = tasks.pack(questions, captioner.num_visual, captioner.prompt_ids)
+
+    scores, start, outcomes = _scores(language, params, projectors, features, packed, "evaluate"), 0, {}
+    for domain, (asked, controls) in spans.items():
+        counts = np.array([len(question.captions) for question in asked])
+        first = start + np.cumsum([0, *counts[:-1]])
+        own = scores[:, first]
+        rivals = np.stack([scores[:, f + 1 : f + n].max(axis=1) for f, n in zip(first, counts)], axis=1)
+        start += counts.sum()
+        control = scores[:, start : start + len(controls)]
+        start += len(controls)
+        outcomes[domain] = Outcome(
+            nll=-own,
+            tokens=_tokens(asked),
+            correct=np.where(np.isfinite(own), own > rivals, np.nan),
+            choices=int(counts.max()),
+            control_nll=-control,
+            control_tokens=_tokens(controls),
+        )
+    return outcomes
+
+
+def caption_losses(
+    language: Language,
+    params: Any,
+    projectors: projector.Params,
+    features: Float[np.ndarray, "N V C"],
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    weights: np.ndarray,
+) -> Float64[np.ndarray, " P"]:
+    """Caption loss a token (nats) of P projectors, pooled over N pairs of image and caption: for tuning and scores.
+
+    Args:
+        language, params, projectors: as in `evaluate`.
+        features: visual features.
+        tokens, targets, weights: int [N, L], int [N, T] and float [N, T], as `Captioner.encode` gives them.
+
+    Returns:
+        Sum of the negative log-likelihoods over the sum of the tokens, NaN for projectors that are not finite.
+    """
+    lengths = np.asarray(weights).astype(bool).sum(axis=1)
+    captions = [tuple(row[:n].tolist()) for row, n in zip(np.asarray(targets), lengths)]
+    prefix = np.asarray(tokens)[0, : tokens.shape[1] - targets.shape[1] + 1]
+    num_visual = int((prefix == vlm.IMAGE_TOKEN).sum())
+    questions = [Question(image, (caption,)) for image, caption in enumerate(captions)]
+    packed = tasks.pack(questions, num_visual, prefix[num_visual:].tolist())
+    scores = _scores(language, params, projectors, np.asarray(features), packed, "caption losses")
+    return -scores.sum(axis=1) / lengths.sum()
+
+
+def _scores(
+    language: Language, params: Any, projectors: projector.Params, features: np.ndarray, packed: Packed, title: str
+) -> Float64[np.ndarray, "P captions"]:
+    """Log-likelihood of every caption under every projector: equal ones computed once, not finite ones NaN."""
+    each = projector.unstack(projectors)
+    prints = [projector.fingerprint(one) for one in each]
+    finite = [all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one)) for one in each]
+    chosen = list({prints[p]: p for p in reversed(range(len(each))) if finite[p]}.values())
+    rows = _edge_rows(language, params, [each[p] for p in chosen], features, packed, title)
+    found = {prints[p]: packed.scores(edges) for p, edges in zip(chosen, rows)}
+    missing = np.full(packed.caption.max() + 1, np.nan)
+    return np.stack([found.get(name, missing) for name in prints])
+
+
+def _edge_rows(
+    language: Language,
+    params: Any,
+    projectors: Sequence[projector.Params],
+    features: np.ndarray,
+    packed: Packed,
+    title: str,
+) -> Float[np.ndarray, "P R E"]:
+    """Log-probability of every edge: all (projector, row) pairs in calls of one shape, hence one compilation."""
+    rows, width = packed.tokens.shape
+    pairs = len(projectors) * rows
+    batch = max(1, min(_SLOTS_A_CALL // width, pairs))
+    visual_of = _projected(projectors, features)
+    found = np.empty((pairs, packed.edge_head.shape[1]), np.float32)
+    with Bar(pairs, title, unit="row") as bar:
+        for start in range(0, pairs, batch):
+            taken = np.minimum(np.arange(start, start + batch), pairs - 1)  # the last call repeats the last pair
+            numbers, row = np.divmod(taken, rows)
+            visual = np.stack([visual_of(p)[packed.images[r]] for p, r in zip(numbers, row)])
+            layout = (packed.tokens, packed.positions, packed.mask, packed.heads, packed.edge_head, packed.edge_token)
+            edges = _edges(language.graphdef, params, visual, *(part[row] for part in layout))
+            count = min(batch, pairs - start)
+            found[start : start + count] = np.asarray(edges)[:count]
+            bar.update(count)
+    return found.reshape(len(projectors), rows, packed.edge_head.shape[1])
+
+
+def _projected(
+    projectors: Sequence[projector.Params], features: np.ndarray
+) -> Callable[[int], Float[np.ndarray, "N V D"]]:
+    """Visual tokens of projector p, kept for the last few p: calls go through the projectors in order."""
+    return functools.lru_cache(maxsize=4)(lambda p: np.asarray(_apply(projectors[p], features)))
+
+
+_apply = jax.jit(projector.apply)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _edges(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    visual: Float[Array, "B G V D"],
+    tokens: Array,
+    positions: Array,
+    mask: Array,
+    heads: Array,
+    edge_head: Array,
+    edge_token: Array,
+) -> Float[Array, "B E"]:
+    """One forward pass over packed rows; logits only where an edge begins."""
+    model = nnx.merge(graphdef, params)
+    images, each = visual.shape[1:3]
+    x = vlm.splice(model, tokens, visual.reshape(len(visual), images * each, -1))
+    hidden, _ = model(x, positions, mask)
+    logits = model.logits(jnp.take_along_axis(hidden, heads[..., None], axis=1))
+    row = jnp.arange(len(tokens))[:, None]
+    return logits[row, edge_head, edge_token] - jax.nn.logsumexp(logits, axis=-1)[row, edge_head]
+
+
+def _tokens(questions: Sequence[Question]) -> np.ndarray:
+    """Length of each question's right caption, int64."""
+    return np.array([len(question.captions[0]) for question in questions], np.int64)
+
+
+def _check(domain: str, test: TestSet, captioner: Captioner) -> None:
+    if not test.captions:
+        raise InputError(f"{domain} has no test items to evaluate on; give it more items")
+    if test.features.shape[1] != captioner.num_visual:
+        given, wanted = test.features.shape[1], captioner.num_visual
+        raise InputError(f"{domain} has {given} visual tokens an image, not {wanted}; encode its images again")
