@@ -1,4 +1,4 @@
-"""pivotjax: pre-train multimodal projectors in JAX, merge them with PivotMerge, measure the gain, take them to PyTorch."""
+"""pivotjax: pre-train multimodal projectors in JAX, merge them with PivotMerge, measure the gain, go to PyTorch."""
 
 from importlib.metadata import PackageNotFoundError, version
 

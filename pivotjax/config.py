@@ -33,23 +33,43 @@ def parse(cls: type[C], args: Sequence[str], prog: str) -> C:
 
 def overridden(default: C, args: Sequence[str], prog: str, description: str | None = None) -> C:
     """Applies `--dotted.overrides` to an instance; tyro reads the values by the fields' types."""
-    complaint = io.StringIO()
+    default, complaint = _with_sections(default, args), io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(type(default), default=default, args=list(args), prog=prog, description=description)
+            return tyro.cli(
+                type(default),
+                default=default,
+                args=list(args),
+                prog=prog,
+                description=description,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise InputError(_one_line(complaint.getvalue(), prog)) from None
 
 
+def _with_sections(default: C, args: Sequence[str]) -> C:
+    """An optional section that is None comes into being where an option of it is given, or help is asked for."""
+    named = {arg.replace("-", "_").lstrip("_").split(".")[0] for arg in args if "." in arg}
+    asked = not {"-h", "--help"}.isdisjoint(args)
+    sections = {}
+    for name, hint in typing.get_type_hints(type(default)).items():
+        kinds = [kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)]
+        if kinds and getattr(default, name) is None and (asked or name in named):
+            sections[name] = kinds[0]()
+    return dataclasses.replace(default, **sections)
+
+
 def _one_line(box: str, prog: str) -> str:
-    """tyro's error box -> its message and, where there is one, its suggestion, in one line."""
-    lines = [re.sub(r"^[╭│╰─\s]+|[│╮╯─\s]+$", "", line) for line in box.splitlines()]
-    message, _, rest = "\n".join(lines[1:]).partition("\n\n")
-    guess = re.search(r"Perhaps you meant:\n\s*(--\S+)", rest)
+    """tyro's error box, drawn in Unicode or ASCII -> its message and, where there is one, its suggestion, in one line."""
+    lines = [line.strip(" │") for line in box.splitlines()[1:]]  # the first line is the title
+    text = "\n".join("" if re.fullmatch("[╰╯─-]+", line) else line for line in lines).strip()
+    message, _, rest = text.partition("\n\n")
+    guess = re.search(r"Perhaps you meant:\n\s*(--\S+?),?\s", rest)
     hint = f"did you mean {guess[1]}? " if guess else ""
-    return f"{' '.join(message.split())}; {hint}see `{prog} --help`"
+    return f"{' '.join(message.split()).rstrip('.')}; {hint}see `{prog} --help`"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -132,7 +152,18 @@ def _dataclass(kind: Any, value: Any, where: str, key: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in given:
             given[field.name] = tyro.MISSING
-    return kind(**given)
+    try:
+        return kind(**given)
+    except InputError as error:  # of a check in `__post_init__`, which knows neither file nor section
+        raise InputError(f"{where}: {prefix}{error}") from error
+
+
+def check_least(config: Any, **least: float) -> None:
+    """For `__post_init__`: InputError if one of the named fields of a config is below its least sensible value."""
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not tyro.MISSING and value < smallest:
+            raise InputError(f"{name} must be at least {smallest}, not {value}")
 
 
 def _check(fits: bool, result: Any, value: Any, expected: str, where: str, key: str) -> Any:

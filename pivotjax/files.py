@@ -46,7 +46,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
             path.rename(work / "replaced")
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -47,7 +47,9 @@ class Bar:
         rate = (self.done - self._initial) / max(seconds, 1e-9)
         of = f"/{self.total}" if self.total is not None else ""
         left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate > 0 else ""
-        print(f"{self.desc}: {self.done}{of} {self.unit} in {seconds:.0f} s{left} {self.note}".rstrip(), file=sys.stderr)
+        print(
+            f"{self.desc}: {self.done}{of} {self.unit} in {seconds:.0f} s{left} {self.note}".rstrip(), file=sys.stderr
+        )
 
     def __enter__(self) -> "Bar":
         return self

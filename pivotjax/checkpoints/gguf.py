@@ -26,7 +26,7 @@ class GGUF(Mapping[str, np.ndarray]):
         self.path = Path(path)
         self._gguf = _package()
         try:
-            self._reader = self._gguf.GGUFReader(self.path)
+            self._reader = _reader_class(self._gguf)(self.path)
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror or error}") from error
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
@@ -61,7 +61,7 @@ class GGUF(Mapping[str, np.ndarray]):
         kind, pre = self.metadata("tokenizer.ggml.model"), self.metadata("tokenizer.ggml.pre", "none")
         if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
             known = ", ".join(f"gpt2/{name}" for name in _PRE_TOKENIZERS)
-            raise InputError(f"{self.path}: tokenizer {kind}/{pre} is not known ({known} is); use a Hugging Face folder")
+            raise InputError(f"{self.path}: tokenizer {kind}/{pre} is unknown (known: {known}); use a HF folder")
         tokens = self.metadata("tokenizer.ggml.tokens")
         merges = [tuple(merge.split(" ", 1)) for merge in self.metadata("tokenizer.ggml.merges")]
         tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
@@ -77,7 +77,7 @@ class GGUF(Mapping[str, np.ndarray]):
 
 
 def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """A query or key matrix `[heads*head_dim, d_in]` with llama.cpp's order of rows (pairs side by side) made rotate-half's."""
+    """A query or key matrix `[heads*head_dim, d_in]`, rows from llama.cpp's order (pairs together) to rotate-half's."""
     rows, d_in = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, d_in).swapaxes(1, 2).reshape(rows, d_in)
 
@@ -86,8 +86,23 @@ def _package():
     try:
         import gguf
     except ImportError as error:
-        raise InputError("a .gguf file needs the gguf package; install it with: pip install 'pivotjax[demo]'") from error
+        raise InputError('reading a .gguf file needs the gguf package: pip install "pivotjax[demo]"') from error
     return gguf
+
+
+def _reader_class(gguf):
+    """The package's reader on a plain array: it slices the file 10^5 times for a vocabulary, slowly on a `memmap`."""
+
+    class Reader(gguf.GGUFReader):
+        @property
+        def data(self):
+            return self._plain
+
+        @data.setter
+        def data(self, mapped):
+            self._plain = mapped.view(np.ndarray)
+
+    return Reader
 
 
 def _first_line(error: Exception) -> str:

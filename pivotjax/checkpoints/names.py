@@ -1,6 +1,6 @@
 """From a checkpoint's tensor names to a model's parameters. The contract: every name on both sides is accounted for.
 
-A table of `Rule`s is written from the model's side. `Rule("layers/up/kernel", ("model.layers.{layer}.mlp.up_proj.weight",),
+A table of `Rule`s is written from the model's side. `Rule("layers/up/kernel", ("blk.{layer}.ffn_up.weight",),
 transposed)` says that the leaf `layers/up/kernel`, stacked on its leading axis, takes entry `layer` from that tensor. A
 placeholder that also stands in the path (`blocks/{block}/bias`) is a plain substitution instead. Several keys feed one
 leaf where weights are folded. Whatever a table does not explain is an error, never skipped.
@@ -120,9 +120,9 @@ def _read(leaf: _Leaf, target: jax.ShapeDtypeStruct, tensors: Mapping[str, np.nd
         value = leaf.transform(*(tensors[key] for key in keys)).astype(target.dtype, copy=False)
         if value.shape != shape:
             found, wanted = list(value.shape), list(shape)
-            raise InputError(f"{where}: {keys[0]} gives {leaf.path} the shape {found}; the model's config needs {wanted}")
+            raise InputError(f"{where}: {keys[0]} gives {leaf.path} shape {found}; the model's config needs {wanted}")
         if not np.isfinite(value).all():
-            raise InputError(f"{where}: {keys[0]} holds values that are not finite; the file is damaged, get it again")
+            raise InputError(f"{where}: {keys[0]} holds values that are not finite; get the file again")
         return value
 
     if not leaf.stacked:

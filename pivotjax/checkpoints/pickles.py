@@ -6,6 +6,7 @@ before it is looked up, so nothing can be imported or called.
 """
 
 import io
+import math
 import pickle
 import struct
 import sys
@@ -63,10 +64,13 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
     def numpy(self) -> np.ndarray:
+        size = self.storage.array.size
         reach = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides)) + 1
+        if min((self.offset, *self.shape, *self.strides)) < 0 or len(self.shape) != len(self.strides):
+            raise ValueError("a tensor has a negative size or too few strides")
         if 0 in self.shape:
             return np.zeros(self.shape, self.storage.dtype)
-        if min((self.offset, *self.shape, *self.strides), default=0) < 0 or reach > self.storage.array.size:
+        if reach > size or math.prod(self.shape) > size:
             raise ValueError("a tensor reaches outside its storage")
         item = self.storage.dtype.itemsize
         view = np.lib.stride_tricks.as_strided(

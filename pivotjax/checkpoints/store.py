@@ -92,7 +92,7 @@ class TrainingCheckpoints:
         self._checkpointer.save_checkpointables(step, {"state": state._asdict(), "data": batches})
 
     def restore(self, state: Any, batches: Any) -> tuple[Any, Any]:
-        """The newest checkpoint's state (in `state`'s shapes and shardings) and iterator, or the arguments where there is none."""
+        """The newest checkpoint's state (in `state`'s shapes and shardings) and iterator; the arguments if none."""
         latest = self._checkpointer.latest
         if latest is None:
             return state, batches
@@ -100,7 +100,9 @@ class TrainingCheckpoints:
         try:
             loaded = self._checkpointer.load_checkpointables(latest, {"state": abstract, "data": batches})
         except Exception as error:
-            raise InputError(f"the training checkpoint {self._folder}/{latest.step} cannot be read; remove that folder to go on from the one before") from error
+            raise InputError(
+                f"the training checkpoint {self._folder}/{latest.step} cannot be read; remove it to go on from the one before"
+            ) from error
         return type(state)(**loaded["state"]), loaded["data"]
 
 

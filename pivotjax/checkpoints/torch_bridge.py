@@ -19,8 +19,8 @@ _PREFIX = "model.mm_projector."
 
 
 def to_torch(params: projector.Params) -> dict[str, np.ndarray]:
-    """`{"model.mm_projector.0.weight": [d_out, d_in], "model.mm_projector.0.bias": [d_out], "model.mm_projector.2.weight": ...}`;
-    a single layer is LLaVA's `linear`, without a number."""
+    """`{"model.mm_projector.0.weight": [d_out, d_in], "model.mm_projector.0.bias": [d_out], ...}`; the second
+    layer has number 2, and a single layer is LLaVA's `linear`, without a number."""
     tensors = {}
     for i in range(len(params)):
         stem = _PREFIX if len(params) == 1 else f"{_PREFIX}{2 * i}."
@@ -35,17 +35,21 @@ def from_torch(tensors: dict[str, np.ndarray], where: str) -> projector.Params:
     for key, value in tensors.items():
         found = _KEY.fullmatch(key)
         if not found or int(found["index"] or 0) % 2:
-            raise InputError(f"{where}: {key!r} is no key of an `mm_projector`; expected model.mm_projector.{{0,2,...}}.{{weight,bias}}")
+            raise InputError(
+                f"{where}: {key!r} is no key of an `mm_projector`; expected model.mm_projector.{{0,2}}.{{weight,bias}}"
+            )
         layer = params.setdefault(f"linear_{int(found['index'] or 0) // 2}", {})
         layer["kernel" if found["leaf"] == "weight" else "bias"] = value.T if found["leaf"] == "weight" else value
     names = [f"linear_{i}" for i in range(len(params))]
     if not params or any(set(params.get(name, ())) != {"kernel", "bias"} for name in names):
-        raise InputError(f"{where}: layers {sorted(params)} are not a whole projector (weight and bias of each of 0, 2, ...)")
+        raise InputError(
+            f"{where}: layers {sorted(params)} are not a whole projector (weight and bias of each of 0, 2, ...)"
+        )
     return {name: params[name] for name in names}
 
 
 def save_torch(path: Path, params: projector.Params, info: dict[str, Any]) -> None:
-    """Writes a projector as a safetensors file that torch code reads as it is; `info` goes into its metadata as JSON."""
+    """Writes a projector as a safetensors file for torch code; `info` goes into its metadata as JSON."""
     with files.atomic_path(path) as temporary:
         try:
             save_file(to_torch(params), temporary, metadata={"format": "pt", "pivotjax": json.dumps(info)})
@@ -54,10 +58,12 @@ def save_torch(path: Path, params: projector.Params, info: dict[str, Any]) -> No
 
 
 def load_torch(path: Path) -> tuple[projector.Params, dict[str, Any]]:
-    """Reads a projector's safetensors file; the second value is its pivotjax `info`, empty if another program wrote it."""
+    """Reads a projector's safetensors file; the second value is its `info`, empty if another program wrote it."""
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}; give the path of a projector's .safetensors file")
     try:
         with safe_open(path, framework="np") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
             info = json.loads((file.metadata() or {}).get("pivotjax", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); save or copy it again") from error

@@ -19,6 +19,7 @@ from pivotjax.models.language import Language, load_language
 from pivotjax.models.projector import ProjectorConfig
 from pivotjax.models.vision import Encoder, load_encoder
 
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The frozen models and the projector between them."""
@@ -103,7 +104,9 @@ def load_domain(name: str, data: DataConfig, frozen: Frozen, cache: Path) -> Dom
     items = source(name).items(assets.fetch(source(name).assets, cache))
     fitting, too_long = frozen.captioner.keep_fitting(items)
     if not fitting:
-        raise InputError(f"domain {name}: none of its {len(items)} captions fits data.max_caption = {data.max_caption} tokens; raise it")
+        raise InputError(
+            f"domain {name}: none of {len(items)} captions fits data.max_caption = {data.max_caption} tokens; raise it"
+        )
     chosen = domains.select(
         name, fitting, train=data.train, calibration=data.calibration, test=data.test, seed=data.split_seed
     )
@@ -118,18 +121,24 @@ def load_domain(name: str, data: DataConfig, frozen: Frozen, cache: Path) -> Dom
 def versions() -> dict[str, str]:
     """Versions of everything that numbers depend on."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {"pivotjax": __version__, "python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    return {"pivotjax": __version__, "python": platform.python_version()} | {
+        name: metadata.version(name) for name in packages
+    }
 
 
 def load_projector(path: Path) -> store.Projector:
     """A projector and its provenance, from an Orbax folder or a .safetensors file."""
-    return store.Projector(*torch_bridge.load_torch(path)) if path.suffix == ".safetensors" else store.load_projector(path)
+    return (
+        store.Projector(*torch_bridge.load_torch(path)) if path.suffix == ".safetensors" else store.load_projector(path)
+    )
 
 
 def config_of(info: dict[str, Any], where: str) -> tuple[ModelConfig, DataConfig]:
     """The models and data that a projector was trained with, as its checkpoint tells."""
     if "config" not in info:
-        raise InputError(f"{where} does not say which models it was trained between; use a projector that pivotjax saved")
+        raise InputError(
+            f"{where} does not say which models it was trained between; use a projector that pivotjax saved"
+        )
     saved = info["config"]
     return (
         configs.from_dict(ModelConfig, saved["model"], where),
@@ -144,5 +153,7 @@ def frozen_of(info: dict[str, Any], cache: Path, where: str) -> Frozen:
     frozen = load_frozen(model, data.prompt, data.max_caption, cache)
     if frozen.identity != info["backbone"]:
         differing = [part for part in frozen.identity if frozen.identity[part] != info["backbone"].get(part)]
-        raise InputError(f"{where} was trained between other weights ({', '.join(differing)} differ); give the ones of its config")
+        raise InputError(
+            f"{where} was trained between other weights ({', '.join(differing)} differ); give the ones of its config"
+        )
     return frozen

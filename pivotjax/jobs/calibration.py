@@ -36,7 +36,9 @@ def read_captions(source: FeatureSource, captioner: Captioner, samples: int) -> 
     return Encoded(*(np.stack(column) for column in zip(*encoded)))
 
 
-def of_experts(frozen: Frozen, sources: Sequence[Sequence[FeatureSource]], config: CalibrationConfig) -> FeatureCalibration:
+def of_experts(
+    frozen: Frozen, sources: Sequence[Sequence[FeatureSource]], config: CalibrationConfig
+) -> FeatureCalibration:
     """Calibration over each expert's own domains (`sources[k]`: the calibration splits of expert k's domains)."""
     distinct = list({source.path: source for own in sources for source in own}.values())
     features = np.concatenate([read_features(source, config.captions) for source in distinct])

@@ -31,8 +31,8 @@ from pivotjax.training.optimizer import TrainingConfig
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Fetches real weights and images, pre-trains one projector a domain and a joint one, merges, evaluates, reports and
-    exports. Interrupted and started again, it goes on where it was."""
+    """Fetches real weights and images, pre-trains one projector a domain and a joint one, merges, evaluates, reports
+    and exports. Interrupted and started again, it goes on where it was."""
 
     out: Path = Path("runs/demo")
     """Folder for everything that the demo writes (with --quick or --full: runs/demo-quick, runs/demo-full)."""
@@ -114,7 +114,9 @@ def run(config: DemoConfig) -> Path:
     """Runs all stages that are not finished; returns the path of report.html."""
     _check(config)
     output.claim(config.out, config)
-    say(f"expected: about {expected_minutes(config):.0f} minutes on 2 cores after the downloads; output in {config.out}")
+    say(
+        f"expected: about {expected_minutes(config):.0f} minutes on 2 cores after the downloads; output in {config.out}"
+    )
     parts = _prepare(config)
     seeds = range(config.seed, config.seed + config.seeds)
     for seed in seeds:
@@ -141,7 +143,9 @@ def _check(config: DemoConfig) -> None:
     for name in (*config.domains, *config.unseen):
         source(name)
     if len(config.domains) < 2 or len(set(config.domains)) < len(config.domains):
-        raise InputError(f"merging needs two or more different domains, not {', '.join(config.domains) or 'none'}; see --domains")
+        raise InputError(
+            f"merging needs two or more different domains, not {', '.join(config.domains) or 'none'}; see --domains"
+        )
     if both := set(config.domains) & set(config.unseen):
         raise InputError(f"{', '.join(both)}: trained on and yet unseen; choose other --domains or --unseen")
 
@@ -188,7 +192,11 @@ def _folder(config: DemoConfig, seed: int) -> Path:
 def _seed(parts: Parts, seed: int) -> None:
     folder = _folder(parts.config, seed)
     for joint, name in ((False, "experts"), (True, "joint")):
-        _stage(folder, name, lambda joint=joint, name=name: pretrain.run(_pretraining(parts.config, seed, joint, folder / name)))
+        _stage(
+            folder,
+            name,
+            lambda joint=joint, name=name: pretrain.run(_pretraining(parts.config, seed, joint, folder / name)),
+        )
     _stage(folder, "merge", lambda: _merge(parts, folder))
     _stage(folder, "evaluate", lambda: _evaluate(parts, folder, seed))
 
@@ -216,7 +224,9 @@ def _experts(parts: Parts, folder: Path) -> tuple[Any, dict[str, Any]]:
 def _merge(parts: Parts, folder: Path) -> None:
     base, experts = _experts(parts, folder)
     if len(experts) < 2:
-        raise InputError(f"only {len(experts)} of {len(parts.config.domains)} experts stayed finite; there is nothing to merge")
+        raise InputError(
+            f"only {len(experts)} of {len(parts.config.domains)} experts stayed finite; there is nothing to merge"
+        )
     merge.check_siblings(base, experts, allow_different_init=False)
     sources = [[parts.domains[name].splits["calibration"]] for name in experts]
     data = calibration.of_experts(parts.frozen, sources, parts.config.calibration)
@@ -309,7 +319,9 @@ def _title(config: DemoConfig) -> str:
 def _notes(config: DemoConfig, diverged: list[str]) -> list[str]:
     notes = ["PivotMerge's formulas are a reconstruction: the paper's body was not available (see docs/methods.md)."]
     if config.quick:
-        notes.append("A quick run: it shows that everything works; its projectors are hardly trained and its numbers mean little.")
+        notes.append(
+            "A quick run shows that everything works; its projectors are hardly trained, its numbers mean little."
+        )
     if diverged:
         notes.append(f"Training turned non-finite and the expert was left out of the merges: {'; '.join(diverged)}.")
     return notes
@@ -334,7 +346,7 @@ def _curves(folder: Path) -> dict[str, list[list[float | None]]]:
 
 
 def _export(parts: Parts, seed: int) -> None:
-    """The calibrated PivotMerge for PyTorch. transformers has no class for EfficientNet-Lite, so there is no whole model."""
+    """The calibrated PivotMerge for PyTorch; no whole model, as transformers has no class for EfficientNet-Lite."""
     folder = _folder(parts.config, seed)
     merged = folder / "merges" / "pivot:calibrated"
     export = parts.config.out / "export"

@@ -69,7 +69,7 @@ def run(config: EvaluateConfig) -> Path:
     check_siblings(None, loaded, allow_different_init=True)
     cache = assets.cache_folder(config.cache)
     name, first = next(iter(loaded.items()))
-    model, data = assemble.config_of(first.info, name)
+    _, data = assemble.config_of(first.info, name)
     frozen = assemble.frozen_of(first.info, cache, name)
     if config.items is not None:
         data = configs.from_dict(assemble.DataConfig, configs.resolved(data) | {"test": config.items}, name)
@@ -88,7 +88,10 @@ def run(config: EvaluateConfig) -> Path:
 
 
 def measure(
-    frozen: assemble.Frozen, params: Mapping[str, projector.Params], domains: Mapping[str, assemble.Domain], config: MeasureConfig
+    frozen: assemble.Frozen,
+    params: Mapping[str, projector.Params],
+    domains: Mapping[str, assemble.Domain],
+    config: MeasureConfig,
 ) -> dict[str, Outcome]:
     """Every projector on every domain's test split."""
     return runner.evaluate(
@@ -157,9 +160,10 @@ def describe_domains(
 def save_outcomes(path: Path, outcomes: Mapping[str, Outcome]) -> None:
     """Per-item numbers as .npz: `<domain>/<field>`."""
 
-
     with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **{f"{d}/{key}": value for d, outcome in outcomes.items() for key, value in outcome._asdict().items()})
+        np.savez(
+            file, **{f"{d}/{key}": value for d, outcome in outcomes.items() for key, value in outcome._asdict().items()}
+        )
 
 
 def load_outcomes(path: Path) -> dict[str, Outcome]:

@@ -71,11 +71,15 @@ def captions(
     text = frozen.captioner.prompt if prompt is None else prompt
     ids = language.tokenizer.encode(text, add_special_tokens=False).ids
     if len(ids) + frozen.encoder.num_tokens + max_new > language.config.max_length:
-        raise InputError(f"prompt and caption exceed the LLM's {language.config.max_length} tokens; shorten the prompt or --max-new")
+        raise InputError(
+            f"prompt and caption exceed the LLM's {language.config.max_length} tokens; shorten the prompt or --max-new"
+        )
     row = [IMAGE_TOKEN] * frozen.encoder.num_tokens + ids
     tokens = jnp.tile(jnp.array(row, jnp.int32), (len(features), 1))
     visual = projector.apply(params, jnp.asarray(features))
     written = generation.generate(
         language, language.params, visual, tokens, max_new=max_new, temperature=temperature, top_p=top_p, key=key
     )
-    return [language.tokenizer.decode([int(t) for t in new if t != language.eos_id]).strip() for new in np.asarray(written)]
+    return [
+        language.tokenizer.decode([int(t) for t in new if t != language.eos_id]).strip() for new in np.asarray(written)
+    ]

@@ -35,7 +35,10 @@ def main(args: Sequence[str]) -> None:
 def describe(path: Path) -> dict[str, Any]:
     """Shapes, dtypes, size, finiteness, fingerprint and provenance of a projector."""
     params, info = assemble.load_projector(path)
-    leaves = {jax.tree_util.keystr(p, simple=True, separator="."): np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = {
+        jax.tree_util.keystr(p, simple=True, separator="."): np.asarray(a)
+        for p, a in jax.tree_util.tree_leaves_with_path(params)
+    }
     return {
         "path": str(path),
         "name": info.get("name"),

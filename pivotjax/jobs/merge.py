@@ -1,4 +1,4 @@
-"""`pivotjax merge RECIPE`: merges trained projectors, tells what it did, and writes the result for JAX and for PyTorch."""
+"""`pivotjax merge RECIPE`: merges trained projectors, tells what it did, writes the result for JAX and PyTorch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -64,7 +64,7 @@ def parse(args: Sequence[str]) -> tuple[MergeConfig, MergeRecipe]:
 
 
 def _recipe_overrides(args: list[str]) -> tuple[list[tuple[list[str], Any]], list[str]]:
-    """Splits `--parameters.KEY VALUE`, `--merge-method M`, `--base-model B` and `--dtype D` from the job's own options."""
+    """Splits `--parameters.KEY VALUE`, `--merge-method M`, `--base-model B` and `--dtype D` from the job's options."""
     found, rest = [], []
     while args:
         arg = args.pop(0)
@@ -80,7 +80,7 @@ def _recipe_overrides(args: list[str]) -> tuple[list[tuple[list[str], Any]], lis
 
 
 def run(config: MergeConfig, plan: MergeRecipe) -> Merge:
-    """Merges, tunes if asked, and writes `out/projector`, `out/mm_projector.safetensors` and `out/merge_report.json`."""
+    """Merges, tunes if asked, writes `out/projector`, `mm_projector.safetensors` and `merge_report.json`."""
     experts = {name: assemble.load_projector(Path(path)) for name, path in plan.models}
     base = assemble.load_projector(Path(plan.base_model)) if plan.base_model else None
     check_siblings(base, experts, config.allow_different_init)
@@ -88,7 +88,9 @@ def run(config: MergeConfig, plan: MergeRecipe) -> Merge:
     if config.calibration is not None:
         data = _calibration(experts, config.calibration, assets.cache_folder(config.cache))
     if config.tune and (data is None or base is None):
-        raise InputError("tune chooses the scale on calibration captions; give base_model, and calibration: {images: 128, captions: 24}")
+        raise InputError(
+            "tune chooses the scale on calibration captions; give base_model and `calibration: {captions: 24}`"
+        )
     output.claim(config.out, configs.resolved(config) | {"recipe": configs.resolved(plan)})
     result = merge_projectors(base, experts, plan.merge_method, plan.parameters, data)
     if config.tune:
@@ -120,15 +122,23 @@ def tune(base: store.Projector, result: Merge, data: Calibration) -> Merge:
     at_one = jax.tree.map(lambda b, m: b + (m - b) / options["scale"], base.params, result.params)
     tuned = tuning.tune_scale(base.params, at_one, data)
     params = jax.tree.map(lambda b, m: b + tuned.best * (m - b), base.params, at_one)
-    report = result.report | {"options": options | {"scale": tuned.best}, "tuned": {"option": "scale"} | tuned._asdict()}
+    report = result.report | {
+        "options": options | {"scale": tuned.best},
+        "tuned": {"option": "scale"} | tuned._asdict(),
+    }
     return Merge(params, report)
 
 
-def check_siblings(base: store.Projector | None, experts: Mapping[str, store.Projector], allow_different_init: bool) -> None:
+def check_siblings(
+    base: store.Projector | None, experts: Mapping[str, store.Projector], allow_different_init: bool
+) -> None:
     """Updates only mean something between projectors of one W0 and one pair of frozen models."""
     named = ({"the base": base} if base else {}) | dict(experts)
     for what, hint in (
-        ("init_id", "they did not start from one W0, so their hidden units do not correspond; --allow-different-init merges all the same"),
+        (
+            "init_id",
+            "they did not start from one W0 (hidden units do not correspond); --allow-different-init merges all the same",
+        ),
         ("backbone", "they were trained between different frozen models and cannot be merged"),
     ):
         seen = {name: str(one.info[what]) for name, one in named.items() if what in one.info}
@@ -163,4 +173,3 @@ def _calibration(experts: Mapping[str, store.Projector], config: CalibrationConf
     names = {domain for expert in experts.values() for domain in expert.info["domains"]}
     sources = {name: assemble.load_domain(name, data, frozen, cache).splits["calibration"] for name in sorted(names)}
     return calibration.of_experts(frozen, [[sources[d] for d in e.info["domains"]] for e in experts.values()], config)
-

@@ -24,7 +24,10 @@ def main(args: Sequence[str]) -> None:
         return
     for method in methods:
         needs = ", ".join(method["needs"]) or "nothing but the experts"
-        print(f"{method['name']}  ({method['family']})\n    {method['summary']}\n    source: {method['source']}\n    needs: {needs}")
+        print(
+            f"{method['name']}  ({method['family']})\n    {method['summary']}\n"
+            f"    source: {method['source']}\n    needs: {needs}"
+        )
         for option, facts in method["options"].items():
             print(f"      {option} = {facts['default']}   [{facts['allowed']}]")
         print()

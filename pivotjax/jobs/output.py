@@ -11,10 +11,13 @@ _NOT_COMPARED = ("out", "cache")  # where things lie changes nothing about what 
 
 
 def claim(out: Path, config: Any) -> None:
-    """Makes `out` and saves the resolved config there; InputError if another config's output is in it."""
+    """Makes `out` and saves the resolved config there; InputError if another config's output is in it.
+
+    A config alone, left by a run that ended before it wrote anything, is no output.
+    """
     files.output_folder(out)
     saved = out / "config.yaml"
-    if saved.exists():
+    if saved.exists() and any(path != saved for path in out.iterdir()):
         before, now = _flat(configs.read_yaml(saved)), _flat(configs.resolved(config))
         for key in sorted(before.keys() | now.keys()):
             if key.split(".")[0] not in _NOT_COMPARED and before.get(key) != now.get(key):

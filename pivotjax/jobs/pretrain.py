@@ -76,15 +76,21 @@ def initial_projector(config: PretrainConfig, frozen: assemble.Frozen) -> projec
     """The W0 of a seed: outputs start with the spread of the LLM's token embeddings."""
     embedding = frozen.language.params["embedding"]
     key = jax.random.key(config.seed)
-    return projector.init(config.model.projector.kind, frozen.encoder.dim, frozen.language.config.dim, key, float(jnp.std(embedding)))
+    return projector.init(
+        config.model.projector.kind, frozen.encoder.dim, frozen.language.config.dim, key, float(jnp.std(embedding))
+    )
 
 
-def _train(config: PretrainConfig, frozen: assemble.Frozen, experts: dict[str, list], w0: projector.Params) -> TrainState:
+def _train(
+    config: PretrainConfig, frozen: assemble.Frozen, experts: dict[str, list], w0: projector.Params
+) -> TrainState:
     captioner = frozen.captioner
     samples = config.training.batch * (len(config.data.domains) if config.joint else 1)
     mesh = parallel.make_mesh(config.mesh, len(experts), samples)
     optimizer = per_expert(adamw(config.training))
-    step = make_step(frozen.language.graphdef, optimizer, first_position=captioner.first_position, remat=config.training.remat)
+    step = make_step(
+        frozen.language.graphdef, optimizer, first_position=captioner.first_position, remat=config.training.remat
+    )
     batches: Any = pipeline.train_dataset(
         experts, captioner, config.training.batch, config.seed, jax.process_index(), jax.process_count()
     )

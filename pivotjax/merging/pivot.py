@@ -61,7 +61,6 @@ class _Knobs:
     gamma: float
     temperature: float
     rho: float
-    scale: float
 
 
 @method(
@@ -119,7 +118,7 @@ def pivot(
         rho: factor on the off-diagonal entries of each Gram matrix; with `gram="merged"` the rest `1 - rho` weighs a pull
             towards the experts' updates, which is the same where inputs do not differ.
         rescale: `expert_norm` brings a layer's merged update to the mean norm of the experts' updates.
-        scale: lambda, on the merged update.
+        scale: lambda, on the merged update as a whole, after all layers are solved.
     """
     if gram == "auto":
         gram = "none" if calibration is None else "merged"
@@ -131,7 +130,7 @@ def pivot(
         energy, rank = 1.0, None
     knobs = _Knobs(
         basis, rank, residual, metric, conflict, gate, scores, rescale,
-        energy, experts**-0.5 if tau is None else tau, gamma, temperature, rho, scale,
+        energy, experts**-0.5 if tau is None else tau, gamma, temperature, rho,
     )  # fmt: skip
     gains = _loss_gains(updates, calibration) if scores == "loss_gain" else _no_gains(updates)
     if gram == "none":
@@ -141,8 +140,8 @@ def pivot(
     else:
         merged = _merge_in_order(updates, calibration, gains, knobs)
     matrices = {name: result.pop("merged") for name, result in merged.items()}
-    others = {i: scale * leaf for i, leaf in updates.others_mean().items()}
-    leaves = leaves_from(updates.layout, matrices, others)
+    leaves = leaves_from(updates.layout, matrices, updates.others_mean())
+    leaves = [scale * leaf for leaf in leaves]
     return Merged(leaves, diagnostics.shared_space(updates, merged), {"gram": gram})
 
 
@@ -284,7 +283,7 @@ def _finish(
     if knobs.rescale == "expert_norm":
         length = _norm(merged, (-1, -2))
         factor = jnp.where(length > 0, _norm(update, (-1, -2)).mean(0) / _nonzero(length), 1)
-    return facts | {"merged": knobs.scale * factor[:, None, None] * merged, "weights": alpha.T, "factor": factor}
+    return facts | {"merged": factor[:, None, None] * merged, "weights": alpha.T, "factor": factor}
 
 
 def _loss_gains(updates: Updates, calibration: Calibration) -> dict[str, Array]:

@@ -21,11 +21,13 @@ class Tuned(NamedTuple):
     best: float
 
 
-def tune_scale(base: PyTree, merged_at_one: PyTree, calibration: Calibration, values: Sequence[float] = SCALES) -> Tuned:
+def tune_scale(
+    base: PyTree, merged_at_one: PyTree, calibration: Calibration, values: Sequence[float] = SCALES
+) -> Tuned:
     """The scale with the lowest calibration loss.
 
-    Every method's result is affine in its `scale` (base + scale * update; the laws' tests hold them to it), so one merge
-    at scale 1 gives all candidates, and they are measured as one stack.
+    Every method's result is affine in its `scale` (base + scale * update; the laws' tests hold them to it), so one
+    merge at scale 1 gives all candidates, and they are measured as one stack.
     """
     candidates = jax.tree.map(lambda b, m: jnp.stack([b + v * (m - b) for v in values]), base, merged_at_one)
     losses = np.asarray(calibration.loss(candidates), np.float64)

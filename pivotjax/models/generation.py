@@ -27,7 +27,7 @@ def generate(
     key: PRNGKeyArray | None = None,
     lengths: Int[Array, " B"] | None = None,
 ) -> Int[Array, "B max_new"]:
-    """Continues each row of `tokens` by up to `max_new` tokens; int32, filled with end-of-sequence once a row has ended.
+    """Continues each row of `tokens` by `max_new` tokens; int32, end-of-sequence from where a row has ended.
 
     Args:
       language: supplies the network, its config and the end-of-sequence token.
@@ -70,7 +70,7 @@ def _check(language, visual, tokens, lengths, max_new, temperature, top_p, key) 
         raise InputError("sampling (temperature above 0) needs a random key; give one, or use temperature 0")
     longest, room = int(lengths.max()) + max_new, language.config.max_length
     if longest > room:
-        raise InputError(f"prompt and answer take {longest} tokens and {language.name} reads {room}; shorten one of them")
+        raise InputError(f"prompt and answer take {longest} tokens and {language.name} reads {room}; shorten one")
     images, given = (tokens == IMAGE_TOKEN).sum(-1), 0 if visual is None else visual.shape[1]
     if (images != given).any():
         raise InputError(f"the prompts hold {images.tolist()} image tokens for {given} visual tokens; they must agree")
@@ -113,7 +113,7 @@ def _generate(graphdef, room, sample, params, visual, tokens, lengths, eos_id, m
 
 
 def _sample(logits: Float[Array, "B vocab"], temperature, top_p, key) -> Int[Array, " B"]:
-    """Draws from `softmax(logits / temperature)` cut to its nucleus: a token stays if those before it hold below top_p."""
+    """Draws from `softmax(logits / temperature)` within its nucleus: a token stays if those before it hold < top_p."""
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
     probability = jax.nn.softmax(ranked)

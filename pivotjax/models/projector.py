@@ -1,8 +1,8 @@
 """The projector: what stands between the frozen vision encoder and the frozen LLM, and all that is trained.
 
-Parameters are a plain dict `{"linear_0": {"kernel": [d_in, d_out], "bias": [d_out]}, "linear_1": ...}`. K experts are the
-same dict with a leading axis K on every leaf. Kinds follow LLaVA: `linear`, and `mlpNx_gelu` (N linear layers with exact
-GELU between them).
+Parameters are a plain dict `{"linear_0": {"kernel": [d_in, d_out], "bias": [d_out]}, "linear_1": ...}`. K experts are
+the same dict with a leading axis K on every leaf. Kinds follow LLaVA: `linear`, and `mlpNx_gelu` (N linear layers with
+exact GELU between them).
 """
 
 import hashlib
@@ -60,7 +60,7 @@ def stack(params: list[Params]) -> Params:
 def unstack(params: Params) -> list[Params]:
     """Inverse of `stack`."""
     count = jax.tree.leaves(params)[0].shape[0]
-    return [jax.tree.map(lambda leaf: leaf[k], params) for k in range(count)]
+    return [jax.tree.map(lambda leaf, k=k: leaf[k], params) for k in range(count)]
 
 
 def layer_inputs(params: Params, features: Float[Array, "*B d_in"]) -> dict[str, Float[Array, "*B d"]]:

@@ -8,7 +8,7 @@ IMAGE_TOKEN = -200  # LLaVA's placeholder; stands once for every visual token
 
 
 def splice(language, tokens: Int[Array, "B L"], visual: Float[Array, "B V D"]) -> Float[Array, "B L D"]:
-    """Embeds `tokens` with `language.embed` and puts the i-th visual token where the i-th IMAGE_TOKEN of its row stands."""
+    """Embeds `tokens` with `language.embed` with the i-th visual token where a row's i-th IMAGE_TOKEN stands."""
     is_image = tokens == IMAGE_TOKEN
     text = language.embed(jnp.where(is_image, 0, tokens))
     place = jnp.clip(jnp.cumsum(is_image, axis=-1) - 1, 0, visual.shape[1] - 1)
@@ -30,7 +30,7 @@ def caption_nll(
     weights: Float[Array, "B T"],
     first_position: int,
     remat: bool = False,
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """Sum over a caption's tokens of their negative log-likelihood, in nats, one number a sample.
 
     Target t is read at sequence position `first_position + t`; `weights` is 1 at real caption tokens (end of sequence

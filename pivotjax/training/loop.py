@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from pivotjax import files
 from pivotjax.checkpoints import store
+from pivotjax.config import check_least
 from pivotjax.errors import InputError
 from pivotjax.progress import Bar, say
 from pivotjax.training import parallel
@@ -28,6 +29,9 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """How many of the newest are kept."""
+
+    def __post_init__(self) -> None:
+        check_least(self, every_steps=1, keep=1)
 
 
 def train(
@@ -78,9 +82,15 @@ def train(
 def _watch(before: np.ndarray, now: np.ndarray, names: Sequence[str], step: int) -> None:
     for name, was, lives in zip(names, before, now, strict=True):
         if was and not lives:
-            say(f"expert {name}: loss or gradient not finite at step {step}; it keeps its last finite weights, the others go on")
+            say(
+                f"expert {name}: loss or gradient not finite at step {step}; "
+                "it keeps its last finite weights, the others go on"
+            )
     if not now.any():
-        raise InputError(f"no expert has a finite loss at step {step} ({', '.join(names)}); lower training.learning_rate or check the data")
+        raise InputError(
+            f"no expert has a finite loss at step {step} ({', '.join(names)}); "
+            "lower training.learning_rate or check the data"
+        )
 
 
 def _log(log: Any, step: int, names: Sequence[str], metrics: Metrics, rate: float, seconds: float) -> None:
@@ -88,7 +98,11 @@ def _log(log: Any, step: int, names: Sequence[str], metrics: Metrics, rate: floa
         row = {"step": step, "learning_rate": rate, "seconds_per_step": round(seconds, 4)}
         for name, loss, norm, alive in zip(names, *map(np.asarray, metrics), strict=True):
             finite = bool(np.isfinite(loss))
-            row[name] = {"loss": float(loss) if finite else None, "gradient_norm": float(norm) if np.isfinite(norm) else None, "alive": bool(alive)}
+            row[name] = {
+                "loss": float(loss) if finite else None,
+                "gradient_norm": float(norm) if np.isfinite(norm) else None,
+                "alive": bool(alive),
+            }
         log.write(json.dumps(row) + "\n")
         log.flush()
 
@@ -96,7 +110,9 @@ def _log(log: Any, step: int, names: Sequence[str], metrics: Metrics, rate: floa
 def _resumed_metrics(path: Path, done: int) -> Path:
     """Drops the rows after step `done`: the steps they tell of are about to be run again."""
     rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-    files.write_bytes(path, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= done).encode())
+    files.write_bytes(
+        path, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= done).encode()
+    )
     return path
 
 

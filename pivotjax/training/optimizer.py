@@ -29,7 +29,7 @@ class TrainingConfig:
 
 
 def schedule(config: TrainingConfig) -> optax.Schedule:
-    """step -> learning rate: linear over the warm-up, then cosine to 0 at the end. No step, not even the first, is at 0."""
+    """step -> learning rate: linear over the warm-up, then cosine to 0; not even the first step is at 0."""
     warmup = max(1, round(config.warmup * config.steps))
     first = config.learning_rate / warmup
     return optax.warmup_cosine_decay_schedule(first, config.learning_rate, warmup, max(config.steps, warmup + 1))
@@ -44,7 +44,7 @@ def adamw(config: TrainingConfig) -> optax.GradientTransformation:
 
 
 def per_expert(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer for each of K experts stacked on a leading axis: nothing, not even the clipping norm, is shared."""
+    """The same optimizer for each of K experts stacked on a leading axis: not even the clipping norm is shared."""
     return optax.GradientTransformation(
         jax.vmap(optimizer.init), lambda updates, state, params: jax.vmap(optimizer.update)(updates, state, params)
     )

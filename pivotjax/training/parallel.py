@@ -36,7 +36,10 @@ def make_mesh(config: MeshConfig, experts: int, batch: int) -> Mesh:
     need = config.expert * config.data
     devices = jax.devices()
     if need > len(devices) or (need != 1 and need != len(devices)):
-        raise InputError(f"mesh {config.expert} x {config.data} needs {need} devices, {len(devices)} are there; set mesh.expert and mesh.data")
+        raise InputError(
+            f"mesh {config.expert} x {config.data} needs {need} devices, {len(devices)} are there; "
+            "set mesh.expert and mesh.data"
+        )
     for name, size, axis in (("experts", experts, config.expert), ("samples of an expert", batch, config.data)):
         if size % axis:
             raise InputError(f"{size} {name} cannot be spread evenly over {axis} devices; change the mesh or the batch")

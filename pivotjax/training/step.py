@@ -18,15 +18,15 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: projector.Params  # leading axis K on every leaf
     opt_state: Any
-    alive: Bool[Array, "K"]  # False from the step on in which an expert's loss or gradient was not finite
+    alive: Bool[Array, " K"]  # False from the step on in which an expert's loss or gradient was not finite
 
 
 class Metrics(NamedTuple):
     """Of one step, before its update; each [K]."""
 
-    loss: Float[Array, "K"]
-    gradient_norm: Float[Array, "K"]
-    alive: Bool[Array, "K"]
+    loss: Float[Array, " K"]
+    gradient_norm: Float[Array, " K"]
+    alive: Bool[Array, " K"]
 
 
 def init_state(w0: projector.Params, experts: int, optimizer: optax.GradientTransformation) -> TrainState:
@@ -36,8 +36,14 @@ def init_state(w0: projector.Params, experts: int, optimizer: optax.GradientTran
 
 
 def expert_losses(
-    params: projector.Params, language_def: nnx.GraphDef, frozen: Any, batch: dict[str, jax.Array], *, first_position: int, remat: bool
-) -> Float[Array, "K"]:
+    params: projector.Params,
+    language_def: nnx.GraphDef,
+    frozen: Any,
+    batch: dict[str, jax.Array],
+    *,
+    first_position: int,
+    remat: bool,
+) -> Float[Array, " K"]:
     """Mean caption loss a token of each expert on its own part of the batch `[K, B, ...]`.
 
     The K x B samples pass through the LLM as one batch, so its weights are read once whatever K is, and no sample

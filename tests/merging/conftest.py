@@ -81,7 +81,7 @@ def make_world(count=3, sizes=SIZES, dtype=np.float32, seed=0, spread=0.4):
     common = shifted(base, rng, 0.25)  # experts have something in common
     experts = {name: shifted(common, rng, spread) for name in ("emoji", "icons", "shapes", "symbols")[:count]}
     mixers = [rng.normal(size=(sizes[0], sizes[0])) for _ in experts]
-    features = [rng.normal(size=(40 + 10 * k, sizes[0])) @ m + rng.normal(size=sizes[0]) for k, m in enumerate(mixers)]
+    features = [rng.normal(size=(40 + 10 * k, sizes[0])) @ m / 4 + 0.5 * rng.normal(size=sizes[0]) for k, m in enumerate(mixers)]
     return World(base, experts, [f.astype(np.float32) for f in features])
 
 

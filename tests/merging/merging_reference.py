@@ -119,7 +119,7 @@ def layer_weights(effects, kept, scores, temperature, gains=None):
 
 
 def pivot(base, experts, *, grams=None, cross=None, student=None, scores="uniform", gains=None, temperature=1.0, rho=0.9,
-          rescale="none", scale=1.0, **filtering):
+          metric="pooled", rescale="none", scale=1.0, **filtering):
     """One layer. `grams` alone: the metric form; with `student` (H'H) and `cross` (X'H) too: the layer-after-layer form."""
     updates = [e - base for e in experts]
     if grams is None:
@@ -128,7 +128,8 @@ def pivot(base, experts, *, grams=None, cross=None, student=None, scores="unifor
         merged = sum(a * t for a, t in zip(alpha, tilde))
     else:
         shrunk = [shrink(g, rho) for g in grams]
-        roots = [square_root(g) for g in shrunk]
+        lenses = shrunk if metric == "own" else [sum(shrunk) / len(shrunk)] * len(shrunk)
+        roots = [square_root(lens) for lens in lenses]
         effects = [d @ r for d, r in zip(updates, roots)]
         changed, kept, _ = filtered(effects, **filtering)
         alpha = layer_weights(effects, kept, scores, temperature, gains)

@@ -37,7 +37,7 @@ def expected(world, name, calibrated=False, **options):
         elif name == "regmean":
             merged[layer] = reference.regmean(base[layer], weights, grams, **options)
         elif name == "pivot":
-            chosen = dict(options)
+            chosen = options | {"scale": 1.0}
             gram = chosen.pop("gram", "merged" if calibrated else "none")
             statistics = {} if gram == "none" else {"grams": grams}
             if gram == "merged":
@@ -49,6 +49,8 @@ def expected(world, name, calibrated=False, **options):
             merged[layer] = reference.pivot(base[layer], weights, **statistics, **chosen)
         else:
             merged[layer] = getattr(reference, name)(base[layer], weights, **options)
+    if name == "pivot":  # scaled as a whole, after the layers are solved
+        merged = {n: base[n] + options.get("scale", 1.0) * (m - base[n]) for n, m in merged.items()}
     return merged
 
 
@@ -135,12 +137,11 @@ def test_no_method_is_the_plain_average_in_disguise(world, name, calibrated):
     assert differ(run(world, name, calibrated).params, average) > 0.05
 
 
-@pytest.mark.parametrize("options", [
-    {},
+FREE = [
     {"basis": "cross"},
-    {"basis": "energy", "rank": 2, "residual": "drop"},
+    {"rank": 2, "residual": "drop"},
     {"basis": "cross", "rank": 3, "residual": "keep"},
-    {"energy": 0.6, "residual": "drop", "conflict": False},
+    {"energy": 0.6, "residual": "keep_mean", "conflict": False},
     {"conflict": True, "energy": 1.0},
     {"gate": "hard"},
     {"gate": "hard", "tau": 0.8, "residual": "drop"},
@@ -150,19 +151,21 @@ def test_no_method_is_the_plain_average_in_disguise(world, name, calibrated):
     {"scores": "pivot_cosine", "temperature": 0.1},
     {"scores": "loss_gain", "temperature": 0.05},
     {"scale": 0.4, "basis": "cross", "gate": "soft"},
-])  # fmt: skip
-@pytest.mark.parametrize("gram", ["none", "own", "merged"])
-def test_pivot_agrees_with_the_reference(world, options, gram):
+]
+CALIBRATED = [
+    {"rank": 3, "residual": "drop", "scale": 0.4},
+    {"basis": "cross", "conflict": True, "residual": "keep_mean", "rho": 0.5},
+    {"metric": "own", "conflict": True, "gate": "soft", "scores": "pivot_cosine", "rank": 3},
+    {"scores": "loss_gain", "temperature": 0.05, "rho": 1.0},
+]
+
+
+@pytest.mark.parametrize("gram, options", [("none", o) for o in FREE] + [(g, o) for g in ("own", "merged") for o in CALIBRATED])
+def test_pivot_agrees_with_the_reference(gram, options):
+    world = make_world(sizes=(6, 6, 6, 6))  # equal shapes: one compilation
     calibrated = gram != "none" or options.get("scores") == "loss_gain"
     result = run(world, "pivot", calibrated, gram=gram, **options)
     assert_close(result.params, expected(world, "pivot", calibrated, gram=gram, **options))
-
-
-@pytest.mark.parametrize("rho", [1.0, 0.5])
-@pytest.mark.parametrize("gram", ["own", "merged"])
-def test_pivot_agrees_with_the_reference_at_other_rho(world, gram, rho):
-    result = run(world, "pivot", True, gram=gram, rho=rho, basis="cross", rank=3)
-    assert_close(result.params, expected(world, "pivot", True, gram=gram, rho=rho, basis="cross", rank=3))
 
 
 @pytest.mark.parametrize("name, options", [
@@ -173,6 +176,14 @@ def test_float64_input_is_merged_in_float64(name, options):
     result = run(world, name, **options).params
     assert result["linear_0"]["kernel"].dtype == np.float64
     assert_close(result, expected(world, name, **options), 1e-9)
+
+
+@pytest.mark.parametrize("name, calibrated", [c for c in CASES if c[0] not in ("average",)])
+def test_merges_are_affine_in_their_scale(world, name, calibrated):
+    """Tuning counts on it: one merge at scale 1 stands for all."""
+    base = matrices(world.base)
+    at_one = matrices(run(world, name, calibrated, scale=1.0).params)
+    assert_close(run(world, name, calibrated, scale=0.3).params, {n: m + 0.3 * (at_one[n] - m) for n, m in base.items()}, 1e-5)
 
 
 def test_full_space_without_filter_in_the_metric_is_regmean(world):

@@ -12,8 +12,9 @@ from pivotjax.models.language import FAMILIES, Language, LlamaConfig, abstract
 from pivotjax.models.vlm import IMAGE_TOKEN, splice
 
 CONFIG = LlamaConfig(
-    vocab_size=37, dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40, tie_embeddings=True, max_length=128
-)
+    vocab_size=37, dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40,
+    tie_embeddings=True, max_length=128,
+)  # fmt: skip
 V = 3
 
 
@@ -21,7 +22,7 @@ V = 3
 def language():
     graphdef, shapes = abstract(FAMILIES["llama"], CONFIG, jnp.float32)
     random = np.random.default_rng(3)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * random.normal(size=leaf.shape) + (leaf.ndim == 1), leaf.dtype), shapes)
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * random.normal(size=leaf.shape), leaf.dtype), shapes)
     return Language("tiny", CONFIG, graphdef, params, None, 5, "")
 
 
@@ -36,7 +37,7 @@ def prompts(lengths, images=V, seed=0):
 
 
 def greedy_without_cache(language, visual, rows, max_new):
-    """One row at a time, the whole sequence again for each token (padded on the right to one shape, which causality hides)."""
+    """One row at a time, the whole sequence again for each token; causality hides the padding to one shape."""
 
     @jax.jit
     def logits(sequence, visual):
@@ -70,18 +71,19 @@ def test_cache_gives_the_tokens_of_the_definition(language, with_image):
 
 
 def test_a_row_that_ended_is_filled_with_end_of_sequence(language):
-    tokens = prompts([6, 6])
-    free = np.asarray(generate(language, language.params, visual_tokens(2), tokens, max_new=8))
-    stopped = np.asarray(generate(language._replace(eos_id=int(free[0, 2])), language.params, visual_tokens(2), tokens, max_new=8))
-    first = free[0].tolist().index(free[0, 2])
-    assert stopped[0].tolist() == free[0, : first + 1].tolist() + [free[0, 2]] * (7 - first)
+    arguments = language.params, visual_tokens(2), prompts([6, 6])
+    free = np.asarray(generate(language, *arguments, max_new=8))[0].tolist()
+    stopped = np.asarray(generate(language._replace(eos_id=free[2]), *arguments, max_new=8))[0].tolist()
+    first = free.index(free[2])
+    assert free != stopped == free[: first + 1] + [free[2]] * (7 - first)
 
 
 def test_sampling_depends_on_the_key_alone_and_nearly_zero_temperature_is_greedy(language):
     tokens, visual = prompts([6, 6, 6]), visual_tokens(3)
 
     def sample(seed, **options):
-        return np.asarray(generate(language, language.params, visual, tokens, max_new=10, key=jax.random.key(seed), **options))
+        key = jax.random.key(seed)
+        return np.asarray(generate(language, language.params, visual, tokens, max_new=10, key=key, **options))
 
     assert (sample(0, temperature=1.0) == sample(0, temperature=1.0)).all()
     assert (sample(0, temperature=1.0) != sample(1, temperature=1.0)).any()

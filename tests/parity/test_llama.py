@@ -1,7 +1,9 @@
 """The decoder against transformers: random tiny models through a saved folder, and SmolLM2's real weights."""
 
 import json
+import sys
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,9 +146,64 @@ def test_damaged_files_are_one_clear_line(tmp_path):
     for path, words in ((tmp_path, "whole safetensors"), (tmp_path / "absent", "no language model"), (file, "gguf")):
         with pytest.raises(InputError, match=words):
             load_language(path)
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
-    with pytest.raises(InputError, match="whole GGUF"):
-        load_language(tmp_path / "model.gguf")
+
+
+def write_gguf(path, model):
+    """The torch model as llama.cpp's converter writes it: its tensor names, its order of rows in queries and keys."""
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["<", "0", "<0", *(f"<{i}>" for i in range(3, VOCAB))])
+    writer.add_token_types([1] * 3 + [3] * (VOCAB - 3))
+    writer.add_token_merges(["< 0"])
+    writer.add_eos_token_id(1)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if count := heads.get(name.split(".")[-2]):
+            array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(table.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_gguf_agrees_with_transformers(tmp_path, shape):
+    model = save_tiny(tmp_path, **shape)
+    write_gguf(tmp_path / "model.gguf", model)
+    language = load_language(tmp_path / "model.gguf")
+    assert vars(language.config) == pytest.approx(vars(load_language(tmp_path).config), rel=1e-6)
+    tokens = some_tokens((2, 11))
+    np.testing.assert_allclose(logits_of(language, tokens), torch_logits(model, tokens), atol=1e-4, rtol=0)
+
+
+def test_damaged_gguf_and_missing_package_are_one_clear_line(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, save_tiny(tmp_path, **SHAPES["grouped"]))
+    data = path.read_bytes()
+    for cut in (0, 4, 30, 200, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:cut])
+        with pytest.raises(InputError, match="whole GGUF") as error:
+            load_language(path)
+        assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InputError, match="demo"):
+        load_language(path)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +249,8 @@ def test_smollm2_agrees_with_transformers(smollm, smollm_torch):
 @pytest.mark.assets
 @pytest.mark.slow
 def test_smollm2_greedy_token_for_token(smollm, smollm_torch):
-    for text in ("The capital of France is", "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n"):
+    question = "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n"
+    for text in ("The capital of France is", question):
         tokens = ids(smollm, text)
         ours = np.asarray(generate(smollm, smollm.params, None, tokens, max_new=24))[0].tolist()
         theirs = smollm_torch.generate(torch.tensor(tokens), max_new_tokens=24, do_sample=False, pad_token_id=2)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CAPTION, CONFIG, FEATURE, PROMPT, VISUAL, build
+from tiny_backbone import CAPTION, CONFIG, FEATURE, PROMPT, VISUAL, build
 
 from pivotjax.models import projector
 
@@ -80,7 +80,7 @@ def dot_flops(jaxpr, trips=1):
     total, vocabulary_rows = 0, 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            (contract, _), (batch, _) = equation.params["dimension_numbers"]
+            (contract, _), _ = equation.params["dimension_numbers"]
             left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
             total += 2 * int(np.prod(out)) * int(np.prod([left[i] for i in contract])) * trips
             if CONFIG.vocab_size in out:
@@ -106,7 +106,9 @@ def test_no_arithmetic_beyond_the_minimum(tiny, experts):
     weights = c.num_layers * (c.dim * (2 * heads + 2 * kv) + 3 * c.dim * c.mlp_dim)
     attention = c.num_layers * 2 * length * length * heads  # scores and mixing, multiply-adds a sample
     logits = CAPTION * c.dim * c.vocab_size
-    frozen = samples * (2 * length * weights + 3 * attention + 2 * logits) * 2  # attention: both operands need gradients
+    frozen = (
+        samples * (2 * length * weights + 3 * attention + 2 * logits) * 2
+    )  # attention: both operands need gradients
     rows = samples * VISUAL
     projecting = 2 * rows * (2 * FEATURE * c.dim + 3 * c.dim * c.dim)  # first layer: no gradient of the features
     minimum = frozen + projecting

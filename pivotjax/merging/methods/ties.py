@@ -61,10 +61,23 @@ def _ties(stacked: list[jax.Array], kept: list[jax.Array], weight: jax.Array, sc
 def _ties_leaf(leaf: jax.Array, kept: jax.Array, weight: jax.Array, normalize: bool) -> jax.Array:
     flat = leaf.reshape(leaf.shape[0], -1)
     size = jnp.abs(flat)
-    threshold = jnp.take_along_axis(jnp.sort(size, axis=1), flat.shape[1] - kept[:, None], axis=1)
+    threshold = jax.vmap(_largest)(size, kept)[:, None]
     trimmed = weight[:, None] * jnp.where(size >= threshold, flat, 0)
     agrees = (trimmed != 0) & (jnp.sign(trimmed) == jnp.sign(trimmed.sum(0)))
     total = jnp.where(agrees, trimmed, 0).sum(0)
     share = jnp.where(agrees, weight[:, None], 0).sum(0)
     mean = total / jnp.where(share > 0, share, 1)
     return jnp.where(normalize, mean, total).reshape(leaf.shape[1:])
+
+
+def _largest(values: jax.Array, count: jax.Array) -> jax.Array:
+    """The `count`-th largest of `values` [N], all at least 0, by bisection on their bits (they order as integers):
+    exact, and much cheaper than a sort."""
+    bits = jax.lax.bitcast_convert_type(values, f"int{8 * values.dtype.itemsize}")
+
+    def halve(step: int, low: jax.Array) -> jax.Array:
+        middle = low | (jnp.ones_like(low) << (8 * values.dtype.itemsize - 2 - step))
+        return jnp.where((bits >= middle).sum() >= count, middle, low)
+
+    low = jax.lax.fori_loop(0, 8 * values.dtype.itemsize - 1, halve, jnp.zeros((), bits.dtype))
+    return jax.lax.bitcast_convert_type(low, values.dtype)

@@ -47,7 +47,7 @@ def load_encoder(path: Path) -> Encoder:
         if marker in tensors:
             graphdef, params, config = load(tensors, str(path))
             return Encoder(path.stem, graphdef, params, config.image_size, _GRID**2, config.head, sha256(path))
-    raise InputError(f"{path} is no vision encoder that can be read; known: the torch state dict of an EfficientNet-Lite0")
+    raise InputError(f"{path} is no known vision encoder; give the torch state dict of an EfficientNet-Lite0")
 
 
 def encode(encoder: Encoder, images: UInt8[Array, "B 224 224 3"]) -> Float[Array, "B 16 1280"]:

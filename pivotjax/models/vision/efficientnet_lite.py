@@ -98,7 +98,8 @@ class Stem(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((channels,)))
 
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        y = jax.lax.conv_general_dilated(x, self.kernel[...], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, self.kernel[...], (2, 2), "SAME", dimension_numbers=layout)
         return y + self.bias[...]
 
 

@@ -1,0 +1,118 @@
+"""PivotMerge where the truth is known: planted shared spaces, conflicts, layer weights."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_world
+
+import pivotjax
+from pivotjax.merging import spectral
+
+
+def planted(rng, strength, count=3, d_out=60, d_in=80, rank=6):
+    """Updates with one shared pattern in one output space, and a domain part `strength` times as large, each in its own."""
+    space = np.linalg.qr(rng.normal(size=(d_out, rank)))[0]
+    shared = space @ rng.normal(size=(rank, d_in))
+    updates = []
+    for _ in range(count):
+        own = np.linalg.qr(rng.normal(size=(d_out, rank)))[0] @ rng.normal(size=(rank, d_in))
+        updates.append(shared + strength * own + 0.02 * rng.normal(size=(d_out, d_in)))
+    return space, np.stack(updates).astype(np.float32)
+
+
+def recovered(space, updates, basis):
+    """Share of the planted space that the leading directions hold: 1 all of it, rank / d_out by chance."""
+    _, vectors = spectral.shared_space(jnp.asarray(updates)[:, None], basis)
+    found = np.asarray(vectors)[0][:, : space.shape[1]]
+    return np.linalg.norm(space.T @ found) ** 2 / space.shape[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cross_finds_the_shared_space_where_energy_follows_the_domains(seed):
+    """With a domain part 3 times the shared one; with a small one both find it."""
+    space, updates = planted(np.random.default_rng(seed), strength=3)
+    assert recovered(space, updates, "cross") > 0.6
+    assert recovered(space, updates, "energy") < 0.35
+    space, updates = planted(np.random.default_rng(seed), strength=0.2)
+    assert min(recovered(space, updates, basis) for basis in ("cross", "energy")) > 0.95
+
+
+def test_conflicting_experts():
+    """Two experts that differ in one output direction: opposite there, equal elsewhere. By hand: with the conflict
+    projection the opposite rows cancel exactly, however unequal, and without it the larger one wins."""
+    base = {"kernel": np.zeros((3, 2), np.float32)}
+    same, direction = np.float32([5, 0, 0]), np.float32([0, 1, 0])
+    experts = {"a": {"kernel": np.stack([same, 3 * direction], 1)}, "b": {"kernel": np.stack([same, -direction], 1)}}
+    options = {"energy": 1.0, "rescale": "none"}
+    projected = pivotjax.merge(base, experts, "pivot", conflict=True, **options)
+    np.testing.assert_allclose(projected.params["kernel"], np.stack([same, 0 * direction], 1), atol=1e-5)
+    plain = pivotjax.merge(base, experts, "pivot", conflict=False, **options)
+    np.testing.assert_allclose(plain.params["kernel"], np.stack([same, direction], 1), atol=1e-5)
+
+
+def test_hard_gate_drops_unshared_directions():
+    """Three experts with one row in common and one row each of their own, orthogonal: consensus 1 and 1 / sqrt(3)."""
+    updates = np.zeros((3, 2, 6), np.float32)
+    updates[:, 0, 0] = 4
+    for k in range(3):
+        updates[k, 1, 1 + k] = 1
+    experts = [{"kernel": u.T} for u in updates]
+    base = {"kernel": np.zeros((6, 2), np.float32)}
+    options = {"energy": 1.0, "conflict": False, "rescale": "none"}
+    merged = pivotjax.merge(base, experts, "pivot", gate="hard", tau=0.6, **options)
+    np.testing.assert_allclose(merged.params["kernel"].T, [[4, 0, 0, 0, 0, 0], [0] * 6], atol=1e-5)
+    np.testing.assert_allclose(merged.report["layers"]["kernel"]["consensus"], [1, 3**-0.5], atol=1e-5)
+    kept = pivotjax.merge(base, experts, "pivot", gate="hard", tau=0.55, **options)
+    np.testing.assert_allclose(kept.params["kernel"].T[1], [0, 1 / 3, 1 / 3, 1 / 3, 0, 0], atol=1e-5)
+
+
+def test_rescaling_restores_the_experts_norm(world):
+    merged = pivotjax.merge(world.base, world.experts, "pivot", rescale="expert_norm", rank=2, residual="drop")
+    for name, facts in merged.report["layers"].items():
+        delta = [merged.params[name][leaf] - world.base[name][leaf] for leaf in ("kernel", "bias")]
+        norm = np.sqrt(sum(np.sum(np.square(d)) for d in delta))
+        np.testing.assert_allclose(norm, np.mean(list(facts["update_norms"].values())), rtol=1e-5)
+
+
+def test_loss_gain_weighs_the_expert_that_helps():
+    """The loss of the fixture grows with the weights, so the expert with the smallest layer gains most."""
+    world = make_world()
+    for leaf in ("kernel", "bias"):
+        world.experts["icons"]["linear_1"][leaf] *= 0.1
+    merged = pivotjax.merge(
+        world.base, world.experts, "pivot", scores="loss_gain", temperature=0.1, gram="none", calibration=world.calibration
+    )
+    weights = merged.report["layers"]["linear_1"]["weights"]
+    assert max(weights, key=weights.get) == "icons"
+    assert sum(weights.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_report_is_json_and_complete(world):
+    for extra in ({}, {"calibration": world.calibration}):
+        report = pivotjax.merge(world.base, world.experts, "pivot", **extra).report
+        assert report["options"]["gram"] == ("merged" if extra else "none")
+        assert json.loads(json.dumps(report, allow_nan=False)) == report
+        for facts in report["layers"].values():
+            assert set(facts) == {"update_norms", "cosines", "rank", "spectrum", "consensus", "energy_kept",
+                                  "energy_kept_by_expert", "weights", "scores", "rescale"}  # fmt: skip
+            assert facts["cosines"][0][0] == pytest.approx(1, abs=1e-5)
+            assert all(0 <= value <= 1.00001 for value in facts["consensus"])
+
+
+def test_projectors_of_real_size_take_seconds():
+    """Three experts of a 1280 -> 576 -> 576 projector; the second call is compiled (a generous limit for busy machines)."""
+    import time
+
+    rng = np.random.default_rng(0)
+
+    def params(spread):
+        return {f"linear_{i}": {"kernel": (spread * rng.normal(size=(d, 576))).astype(np.float32),
+                                "bias": np.zeros(576, np.float32)} for i, d in enumerate((1280, 576))}  # fmt: skip
+
+    base, experts = params(0.03), [params(0.05) for _ in range(3)]
+    pivotjax.merge(base, experts, "pivot")
+    started = time.perf_counter()
+    pivotjax.merge(base, experts, "pivot")
+    assert time.perf_counter() - started < 10

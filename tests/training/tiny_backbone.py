@@ -1,0 +1,61 @@
+"""A tiny random backbone and random batches: everything that the training room needs, in a second."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pivotjax.models import projector
+from pivotjax.models.language.llama import Llama, LlamaConfig
+from pivotjax.models.vlm import IMAGE_TOKEN
+from pivotjax.training.optimizer import TrainingConfig, adamw, per_expert
+from pivotjax.training.step import init_state, make_step
+
+VISUAL, PROMPT, CAPTION, FEATURE = 4, 1, 5, 12
+CONFIG = LlamaConfig(
+    vocab_size=50, dim=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, tie_embeddings=True
+)
+
+
+class Tiny(NamedTuple):
+    """A backbone with its step, and W0."""
+
+    graphdef: nnx.GraphDef
+    frozen: dict
+    w0: projector.Params
+    training: TrainingConfig
+    first_position: int = VISUAL + PROMPT - 1
+
+    def step(self, **options):
+        return make_step(self.graphdef, self.optimizer, first_position=self.first_position, **options)
+
+    @property
+    def optimizer(self):
+        return per_expert(adamw(self.training))
+
+    def state(self, experts):
+        return init_state(self.w0, experts, self.optimizer)
+
+    def batch(self, seed, experts=3, size=4, dtype=np.float32):
+        rng = np.random.default_rng(seed)
+        shape = (experts, size)
+        targets = rng.integers(0, CONFIG.vocab_size, (*shape, CAPTION))
+        lengths = rng.integers(2, CAPTION + 1, shape)
+        image = np.full((*shape, VISUAL), IMAGE_TOKEN)
+        prompt = np.full((*shape, PROMPT), 7)
+        return {
+            "features": rng.normal(size=(*shape, VISUAL, FEATURE)).astype(dtype),
+            "tokens": np.concatenate([image, prompt, targets[..., :-1]], axis=-1).astype(np.int32),
+            "targets": targets.astype(np.int32),
+            "weights": (np.arange(CAPTION) < lengths[..., None]).astype(dtype),
+        }
+
+
+def build(dtype=jnp.float32, config=CONFIG, **training) -> Tiny:
+    graphdef, state = nnx.split(Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    w0 = projector.init("mlp2x_gelu", FEATURE, config.dim, jax.random.key(1), 0.1)
+    w0 = jax.tree.map(lambda a: a.astype(dtype), w0)
+    settings = TrainingConfig(**{"steps": 20, "learning_rate": 1e-2} | training)
+    return Tiny(graphdef, nnx.to_pure_dict(state), w0, settings)
