@@ -66,11 +66,18 @@ def _quiet() -> None:
     """Library chatter stays out of the user's sight; errors do not."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", module=r"orbax\.")
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    for name in ("absl", "orbax", "jax", "grain"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    for name, level in (
+        ("jax", logging.ERROR),
+        ("grain", logging.ERROR),
+        # These log, with traces, what is also raised, and so becomes one line about the checkpoint.
+        ("orbax", logging.CRITICAL),
+        ("asyncio", logging.CRITICAL),
+    ):
+        logging.getLogger(name).setLevel(level)
 
 
 if __name__ == "__main__":

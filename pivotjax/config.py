@@ -47,7 +47,8 @@ def overridden(default: C, args: Sequence[str], prog: str, description: str | No
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise InputError(_one_line(complaint.getvalue(), prog)) from None
+        line = _one_line(complaint.getvalue(), prog)
+        raise InputError(line.removeprefix(f"Error parsing {type(default).__name__}: ")) from None
 
 
 def _with_sections(default: C, args: Sequence[str]) -> C:
@@ -63,7 +64,7 @@ def _with_sections(default: C, args: Sequence[str]) -> C:
 
 
 def _one_line(box: str, prog: str) -> str:
-    """tyro's error box, drawn in Unicode or ASCII -> its message and, where there is one, its suggestion, in one line."""
+    """tyro's error box, drawn in Unicode or ASCII -> its message and, if there is one, its suggestion, in one line."""
     lines = [line.strip(" │") for line in box.splitlines()[1:]]  # the first line is the title
     text = "\n".join("" if re.fullmatch("[╰╯─-]+", line) else line for line in lines).strip()
     message, _, rest = text.partition("\n\n")

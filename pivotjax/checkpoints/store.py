@@ -13,6 +13,7 @@ from pivotjax.errors import InputError
 from pivotjax.models import projector
 
 FORMAT = 1
+_SIZES = "sizes.json"  # of all other files of a checkpoint, in bytes
 
 
 class Projector(NamedTuple):
@@ -29,7 +30,8 @@ def save_projector(path: Path, params: projector.Params, info: dict[str, Any]) -
     """
     info = {"format": FORMAT, "fingerprint": projector.fingerprint(params)} | info
     with _disk_errors(path), files.atomic_path(path) as temporary:
-        ocp.save(temporary, params, custom_metadata=info)
+        ocp.save(temporary.absolute(), params, custom_metadata=info)
+        _note_sizes(temporary)
 
 
 def projector_info(path: Path) -> dict[str, Any]:
@@ -54,6 +56,8 @@ def load_projector(path: Path) -> Projector:
 def _metadata(path: Path) -> Any:
     if not path.is_dir():
         raise InputError(f"no checkpoint at {path}; give the folder of a projector checkpoint")
+    if not _complete(path):
+        raise _damaged(path)
     try:
         metadata = ocp.metadata(path.absolute())
     except Exception as error:
@@ -61,6 +65,25 @@ def _metadata(path: Path) -> Any:
     if "fingerprint" not in (metadata.custom_metadata or {}):
         raise InputError(f"{path} is not a projector checkpoint of pivotjax (its metadata names no fingerprint)")
     return metadata
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def _note_sizes(folder: Path) -> None:
+    files.write_json(folder / _SIZES, _sizes(folder))
+
+
+def _complete(folder: Path) -> bool:
+    """False where a file is missing or truncated; asked before Orbax's threads stumble over it, each with a trace."""
+    if not (folder / _SIZES).is_file():
+        return True  # the process ended between the save and this note on it
+    try:
+        saved, found = files.read_json(folder / _SIZES), _sizes(folder)
+    except InputError:
+        return False
+    return all(found.get(name) == size for name, size in saved.items())
 
 
 def _damaged(path: Path) -> InputError:
@@ -90,19 +113,23 @@ class TrainingCheckpoints:
     def save(self, step: int, state: Any, batches: Any) -> None:
         """Saves atomically; the oldest beyond `keep` are removed after."""
         self._checkpointer.save_checkpointables(step, {"state": state._asdict(), "data": batches})
+        if jax.process_index() == 0:
+            _note_sizes(self._folder / str(step))
 
     def restore(self, state: Any, batches: Any) -> tuple[Any, Any]:
         """The newest checkpoint's state (in `state`'s shapes and shardings) and iterator; the arguments if none."""
         latest = self._checkpointer.latest
         if latest is None:
             return state, batches
+        folder = self._folder / str(latest.step)
+        broken = InputError(f"the training checkpoint {folder} cannot be read; remove it to go on from the one before")
+        if not _complete(folder):
+            raise broken
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state._asdict())
         try:
             loaded = self._checkpointer.load_checkpointables(latest, {"state": abstract, "data": batches})
         except Exception as error:
-            raise InputError(
-                f"the training checkpoint {self._folder}/{latest.step} cannot be read; remove it to go on from the one before"
-            ) from error
+            raise broken from error
         return type(state)(**loaded["state"]), loaded["data"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from pivotjax import files
 from pivotjax.errors import InputError
@@ -50,11 +50,7 @@ def from_torch(tensors: dict[str, np.ndarray], where: str) -> projector.Params:
 
 def save_torch(path: Path, params: projector.Params, info: dict[str, Any]) -> None:
     """Writes a projector as a safetensors file for torch code; `info` goes into its metadata as JSON."""
-    with files.atomic_path(path) as temporary:
-        try:
-            save_file(to_torch(params), temporary, metadata={"format": "pt", "pivotjax": json.dumps(info)})
-        except SafetensorError as error:
-            raise InputError(f"cannot write {path}: {error}; free some space or choose another folder") from error
+    files.write_bytes(path, save(to_torch(params), metadata={"format": "pt", "pivotjax": json.dumps(info)}))
 
 
 def load_torch(path: Path) -> tuple[projector.Params, dict[str, Any]]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pivotjax import config as configs
 from pivotjax.data.captions import Captioner, Encoded
 from pivotjax.data.features import FeatureSource
 from pivotjax.evaluation import runner
@@ -23,6 +24,9 @@ class CalibrationConfig:
     """Images of each domain for input statistics (the LLM is not run)."""
     captions: int = 24
     """Image-caption pairs of each domain for the caption loss (layer weights, tuning of the scale)."""
+
+    def __post_init__(self):
+        configs.check_least(self, images=1, captions=1)
 
 
 def read_features(source: FeatureSource, samples: int) -> np.ndarray:

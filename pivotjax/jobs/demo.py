@@ -14,6 +14,7 @@ from PIL import Image
 
 from pivotjax import config as configs
 from pivotjax import files
+from pivotjax.checkpoints import torch_bridge
 from pivotjax.data import assets, images
 from pivotjax.data.sources import source
 from pivotjax.errors import InputError
@@ -42,8 +43,8 @@ class DemoConfig:
     """The study: 3 seeds, longer training, all domains; hours on a CPU."""
     domains: tuple[str, ...] = ("emoji", "icons", "shapes")
     """Domains to train experts on: emoji, icons, shapes, symbols, outlines, molecules."""
-    unseen: tuple[str, ...] = ("outlines",)
-    """Domains for evaluation only."""
+    unseen: tuple[str, ...] = ()
+    """Domains for evaluation only (default: outlines, or another that no expert is trained on)."""
     steps: int = 200
     """Training steps of the experts, and of the joint projector."""
     seed: int = 0
@@ -59,6 +60,9 @@ class DemoConfig:
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
     cache: Path | None = None
     """Folder for downloads and features (default: $PIVOTJAX_CACHE, else ~/.cache/pivotjax)."""
+
+    def __post_init__(self):
+        configs.check_least(self, steps=1, seed=0, seeds=1, train=1, items=2, control_items=0)
 
 
 QUICK = DemoConfig(
@@ -89,8 +93,9 @@ MERGES: dict[str, tuple[str, dict[str, Any], bool, bool]] = {
     "ties": ("ties", {}, False, True),
     "regmean": ("regmean", {}, True, True),
     "pivot": ("pivot", {}, False, True),
-    "pivot:calibrated": ("pivot", {"scores": "loss_gain"}, True, True),
+    "pivot:calibrated": ("pivot", {}, True, True),
 }
+UNSEEN = ("outlines", "symbols", "icons", "emoji", "shapes", "molecules")  # the first that is not trained on
 SAMPLES = 3  # captioned images a domain in the report
 
 
@@ -106,6 +111,8 @@ class Parts:
 
 def main(args: Sequence[str]) -> None:
     """Command line."""
+    if {"--quick", "--full"} <= set(args):
+        raise InputError("--quick and --full exclude each other; give one")
     preset = QUICK if "--quick" in args else FULL if "--full" in args else DemoConfig()
     run(configs.overridden(preset, args, "pivotjax demo"))
 
@@ -113,6 +120,8 @@ def main(args: Sequence[str]) -> None:
 def run(config: DemoConfig) -> Path:
     """Runs all stages that are not finished; returns the path of report.html."""
     _check(config)
+    if not config.unseen:
+        config = dataclasses.replace(config, unseen=(next(name for name in UNSEEN if name not in config.domains),))
     output.claim(config.out, config)
     say(
         f"expected: about {expected_minutes(config):.0f} minutes on 2 cores after the downloads; output in {config.out}"
@@ -146,6 +155,8 @@ def _check(config: DemoConfig) -> None:
         raise InputError(
             f"merging needs two or more different domains, not {', '.join(config.domains) or 'none'}; see --domains"
         )
+    if set(config.domains) >= set(UNSEEN):
+        raise InputError("every domain is trained on, so none is left unseen; leave one out of --domains")
     if both := set(config.domains) & set(config.unseen):
         raise InputError(f"{', '.join(both)}: trained on and yet unseen; choose other --domains or --unseen")
 
@@ -206,7 +217,10 @@ def _pretraining(config: DemoConfig, seed: int, joint: bool, out: Path) -> Pretr
     return PretrainConfig(
         out,
         data=_data(config),
-        training=TrainingConfig(steps=config.steps, log_every=max(1, config.steps // 100)),
+        # A run of a dozen steps must not meet the full rate at once.
+        training=TrainingConfig(
+            steps=config.steps, warmup=max(0.03, min(0.4, 6 / config.steps)), log_every=max(1, config.steps // 100)
+        ),
         checkpoints=CheckpointConfig(every_steps=every),
         joint=joint,
         seed=seed,
@@ -347,9 +361,32 @@ def _curves(folder: Path) -> dict[str, list[list[float | None]]]:
 
 def _export(parts: Parts, seed: int) -> None:
     """The calibrated PivotMerge for PyTorch; no whole model, as transformers has no class for EfficientNet-Lite."""
-    folder = _folder(parts.config, seed)
-    merged = folder / "merges" / "pivot:calibrated"
+    merged = _folder(parts.config, seed) / "merges" / "pivot:calibrated"
     export = parts.config.out / "export"
-    files.write_bytes(export / "mm_projector.safetensors", (merged / "mm_projector.safetensors").read_bytes())
-    info = assemble.load_projector(merged / "projector").info
+    params, info = assemble.load_projector(merged / "projector")
+    torch_bridge.save_torch(export / "mm_projector.safetensors", params, info)
     files.write_json(export / "mm_projector.json", info)
+    files.write_bytes(export / "README.md", _card(parts, params, info).encode())
+
+
+def _card(parts: Parts, params: projector.Params, info: Mapping[str, Any]) -> str:
+    """How the exported projector is loaded, and what it is."""
+    shapes = [layer["kernel"].shape for layer in params.values()]
+    layers = ", torch.nn.GELU(), ".join(f"torch.nn.Linear({d_in}, {d_out})" for d_in, d_out in shapes)
+    return f"""# Merged projector: {", ".join(info["domains"])}
+
+PivotMerge ({info["merge"]["options"]}) of projectors between EfficientNet-Lite0 and SmolLM2-135M-Instruct.
+`mm_projector.json` holds their configs, the hashes of the frozen models and of everything that was merged.
+
+```python
+import torch
+from safetensors.torch import load_file
+
+projector = torch.nn.Sequential({layers})
+state = load_file("mm_projector.safetensors")
+projector.load_state_dict({{key.removeprefix("model.mm_projector."): value for key, value in state.items()}})
+visual_tokens = projector(features)  # [batch, {parts.frozen.encoder.num_tokens}, {shapes[0][0]}] -> LLM embeddings
+```
+pivotjax's docs/pytorch.md says what the features are. transformers has no class that joins these two models, so there
+is no whole-model folder.
+"""

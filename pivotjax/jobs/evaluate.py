@@ -38,6 +38,9 @@ class MeasureConfig:
     seed: int = 0
     """Seed of the wrong captions and of the bootstrap."""
 
+    def __post_init__(self):
+        configs.check_least(self, choices=2, control_items=0, resamples=1, seed=0)
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -65,6 +68,7 @@ def run(config: EvaluateConfig) -> Path:
     """Measures and writes the report; returns the path of report.html."""
     if not config.projectors:
         raise InputError("no projectors to evaluate; give a recipe with `projectors: {name: CHECKPOINT}`")
+    output.claim(config.out, config)
     loaded = {name: assemble.load_projector(path) for name, path in config.projectors.items()}
     check_siblings(None, loaded, allow_different_init=True)
     cache = assets.cache_folder(config.cache)
@@ -73,10 +77,9 @@ def run(config: EvaluateConfig) -> Path:
     frozen = assemble.frozen_of(first.info, cache, name)
     if config.items is not None:
         data = configs.from_dict(assemble.DataConfig, configs.resolved(data) | {"test": config.items}, name)
-    trained = sorted({domain for one in loaded.values() for domain in one.info["domains"]})
+    trained = sorted({domain for one in loaded.values() for domain in one.info.get("domains", [])})
     unseen = [domain for domain in config.unseen if domain not in trained]
     domains = {domain: assemble.load_domain(domain, data, frozen, cache) for domain in [*trained, *unseen]}
-    output.claim(config.out, config)
     outcome = measure(frozen, {name: one.params for name, one in loaded.items()}, domains, config.measure)
     found = describe("Projectors measured", config, [data.split_seed]) | {
         "domains": describe_domains(domains, trained, outcome),

@@ -73,14 +73,22 @@ def _recipe_overrides(args: list[str]) -> tuple[list[tuple[list[str], Any]], lis
         if path[0] in ("parameters", "merge_method", "base_model", "dtype") and flag.startswith("--"):
             if not attached and not args:
                 raise InputError(f"{flag} has no value; give one after it")
-            found.append((path[:2], yaml.safe_load(attached or args.pop(0))))
+            found.append((path[:2], _value(flag, attached or args.pop(0))))
         else:
             rest.append(arg)
     return found, rest
 
 
+def _value(flag: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{flag}: {text!r} is not valid YAML; give a number, a word or a list like [1, 2]") from error
+
+
 def run(config: MergeConfig, plan: MergeRecipe) -> Merge:
     """Merges, tunes if asked, writes `out/projector`, `mm_projector.safetensors` and `merge_report.json`."""
+    output.claim(config.out, configs.resolved(config) | {"recipe": configs.resolved(plan)})
     experts = {name: assemble.load_projector(Path(path)) for name, path in plan.models}
     base = assemble.load_projector(Path(plan.base_model)) if plan.base_model else None
     check_siblings(base, experts, config.allow_different_init)
@@ -91,7 +99,6 @@ def run(config: MergeConfig, plan: MergeRecipe) -> Merge:
         raise InputError(
             "tune chooses the scale on calibration captions; give base_model and `calibration: {captions: 24}`"
         )
-    output.claim(config.out, configs.resolved(config) | {"recipe": configs.resolved(plan)})
     result = merge_projectors(base, experts, plan.merge_method, plan.parameters, data)
     if config.tune:
         result = tune(base, result, data)
@@ -137,7 +144,7 @@ def check_siblings(
     for what, hint in (
         (
             "init_id",
-            "they did not start from one W0 (hidden units do not correspond); --allow-different-init merges all the same",
+            "they did not start from one W0 (hidden units do not match); --allow-different-init merges all the same",
         ),
         ("backbone", "they were trained between different frozen models and cannot be merged"),
     ):
@@ -170,6 +177,9 @@ def _calibration(experts: Mapping[str, store.Projector], config: CalibrationConf
     first = next(iter(experts))
     frozen = assemble.frozen_of(experts[first].info, cache, first)
     _, data = assemble.config_of(experts[first].info, first)
+    for name, expert in experts.items():
+        if not expert.info.get("domains"):
+            raise InputError(f"{name} does not say which domains it was trained on; merge it without calibration")
     names = {domain for expert in experts.values() for domain in expert.info["domains"]}
     sources = {name: assemble.load_domain(name, data, frozen, cache).splits["calibration"] for name in sorted(names)}
     return calibration.of_experts(frozen, [[sources[d] for d in e.info["domains"]] for e in experts.values()], config)

@@ -48,9 +48,10 @@ def main(args: Sequence[str]) -> None:
 
 def run(config: PretrainConfig) -> Path:
     """Trains (or goes on training) and writes `out/projectors/<name>` and `<name>.safetensors`, W0 included."""
+    needed = assemble.asset_names(config.model, config.data.domains)
     output.claim(config.out, config)
     cache = assets.cache_folder(config.cache)
-    assets.fetch(assemble.asset_names(config.model, config.data.domains), cache)
+    assets.fetch(needed, cache)
     frozen = assemble.load_frozen(config.model, config.data.prompt, config.data.max_caption, cache)
     domains = {name: assemble.load_domain(name, config.data, frozen, cache) for name in config.data.domains}
     experts = {"joint": list(domains)} if config.joint else {name: [name] for name in domains}

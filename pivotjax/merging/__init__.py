@@ -50,8 +50,8 @@ def merge(
         **options: the method's own; unknown ones are refused. `lambda` may stand for `scale` (`**{"lambda": .5}`).
 
     Returns:
-        Merge(params, report). Each leaf has the dtype of the base's (without a base: of the first expert's); leaves that
-        came as NumPy arrays go back as NumPy arrays. All sums are float32 with highest precision, or float64 where
+        Merge(params, report). Each leaf has the dtype of the base's (without a base: of the first expert's); leaves
+        that came as NumPy arrays go back as NumPy arrays. All sums are float32 with highest precision, or float64 where
         the input is float64. The report holds the method, its resolved options and, a layer, its diagnostics.
 
     Raises:
@@ -61,7 +61,7 @@ def merge(
     named = _named(experts)
     options = registry.resolve(chosen, options, tuple(named))
     if "base" in chosen.needs and base is None:
-        raise InputError(f"merge method {method!r} measures updates from a base: give the parameters experts started from")
+        raise InputError(f"merge method {method!r} measures updates from a base: give what the experts started from")
     if "calibration" in chosen.needs and calibration is None:
         raise InputError(f"merge method {method!r} needs calibration data; give it, or choose a method that needs none")
     extra = {"calibration": calibration} if chosen.takes_calibration else {}
@@ -81,7 +81,7 @@ def _named(experts: Mapping[str, PyTree] | Sequence[PyTree]) -> dict[str, PyTree
         return {str(name): tree for name, tree in experts.items()}
     if isinstance(experts, Sequence):
         return {f"expert_{i}": tree for i, tree in enumerate(experts)}
-    raise InputError(f"experts are a {type(experts).__name__}; give a mapping from names to pytrees, or a sequence of pytrees")
+    raise InputError(f"experts are a {type(experts).__name__}; give a mapping from names to pytrees, or a sequence")
 
 
 def _precision(trees: Sequence[PyTree]) -> contextlib.AbstractContextManager:

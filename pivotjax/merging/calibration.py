@@ -21,9 +21,10 @@ PyTree = Any
 
 
 class Calibration(Protocol):
-    """Statistics of calibration data. "Own" data of expert k are the calibration pairs of the domains it was trained on.
+    """Statistics of calibration data. Expert k's "own" data are the calibration pairs of the domains it was trained on.
 
-    A layer's name is the path of its leaves without the last component, joined by `/`: `linear_0`, `projector/linear_0`.
+    A layer's name is the path of its leaves without the last component, joined by `/`: `linear_0`, `mlp/linear_0`.
+    Parameters come in float32 (float64 where the experts are).
     The input of 1 that stands for a bias is always the last one, also of a layer without a bias (it is then left out).
     """
 
@@ -101,7 +102,7 @@ class FeatureCalibration:
     def loss(self, params: PyTree) -> Array:
         """See `Calibration.loss`."""
         if self.caption_loss is None:
-            raise InputError("this calibration holds no captions, and scores='loss_gain' measures them: give a caption loss")
+            raise InputError("this calibration holds no captions, which scores='loss_gain' measures: give a caption loss")
         return self.caption_loss(params)
 
     def _check(self, stacked: PyTree) -> None:
@@ -111,7 +112,7 @@ class FeatureCalibration:
 
 
 def _chunked(features: Sequence[np.ndarray], chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """K arrays `[..., d]` -> rows `[K, chunks, chunk, d]` and weights `[K, chunks, chunk]`: 1 / own rows, 0 for padding."""
+    """K arrays `[..., d]` -> rows `[K, chunks, chunk, d]`, weights `[K, chunks, chunk]` (1 / own rows, 0 for padding)."""
     flat = [own.reshape(-1, own.shape[-1]) for own in features]
     for k, own in enumerate(flat):
         if not len(own):

@@ -90,7 +90,8 @@ def parse(text: str, where: str = "merge recipe") -> MergeRecipe:
     name = _text(recipe.get("merge_method", "pivot"), where, "merge_method")
     dtype = _text(recipe.get("dtype"), where, "dtype")
     if dtype not in (None, *_DTYPES):
-        raise InputError(f"{where}: dtype {dtype!r} is not one of {', '.join(_DTYPES)}{registry.nearest(dtype, _DTYPES)}")
+        hint = registry.nearest(dtype, _DTYPES)
+        raise InputError(f"{where}: dtype {dtype!r} is not one of {', '.join(_DTYPES)}{hint}")
     calibration = recipe.get("calibration")
     calibration = None if calibration is None else _mapping(calibration, where, "calibration")
     try:
@@ -118,7 +119,8 @@ def _models(entries: Any, base: str | None, where: str) -> tuple[tuple[tuple[str
             raise InputError(f"{where}: models, entry {number} has no `model: PATH`")
         if path == base and not entry.get("parameters"):
             continue
-        written.append((_text(entry.get("name"), where, f"models, entry {number}: name"), path, entry.get("parameters")))
+        name = _text(entry.get("name"), where, f"models, entry {number}: name")
+        written.append((name, path, entry.get("parameters")))
     if not written:
         raise InputError(f"{where}: models names no expert besides the base model")
     names = _names([name for name, _, _ in written], [path for _, path, _ in written], where)
@@ -169,7 +171,8 @@ def _mapping(value: Any, where: str, what: str) -> dict[str, Any]:
 def _known(mapping: Mapping[str, Any], keys: tuple[str, ...], where: str, place: str) -> None:
     for key in mapping:
         if key not in keys:
-            raise InputError(f"{where}: {place}unknown key {key!r}{registry.nearest(key, keys)}; known: {', '.join(keys)}")
+            hint = registry.nearest(key, keys)
+            raise InputError(f"{where}: {place}unknown key {key!r}{hint}; known: {', '.join(keys)}")
 
 
 def _text(value: Any, where: str, what: str) -> str | None:

@@ -186,9 +186,11 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def _mismatch(value: Any, annotation: Any, experts: Sequence[str]) -> str | None:
-    """Why `value` is not one of the annotation's alternatives; None where it is."""
-    problems = [_mismatch_one(value, alternative, experts) for alternative in _alternatives(annotation)]
-    return None if None in problems else problems[0]
+    """Why `value` is not one of the annotation's alternatives (the one it was meant for); None where it is."""
+    alternatives = _alternatives(annotation)
+    problems = [_mismatch_one(value, alternative, experts) for alternative in alternatives]
+    meant = alternatives.index(ExpertValues) if isinstance(value, Mapping) and ExpertValues in alternatives else 0
+    return None if None in problems else problems[meant]
 
 
 def _mismatch_one(value: Any, annotation: Any, experts: Sequence[str]) -> str | None:

@@ -114,7 +114,7 @@ def fit(moment: jax.Array, gram: jax.Array, fallback: jax.Array) -> jax.Array:
     """
     diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
     mean = jnp.maximum(diagonal.mean(-1, keepdims=True), jnp.finfo(gram.dtype).tiny)
-    scale = 1 / jnp.sqrt(jnp.where(diagonal > 1e-6 * mean, diagonal, mean))  # unit diagonal: inputs' units do not matter
+    scale = 1 / jnp.sqrt(jnp.where(diagonal > 1e-6 * mean, diagonal, mean))  # inputs' units do not matter
     ridge = 100 * jnp.finfo(gram.dtype).eps
     matrix = gram * scale[..., :, None] * scale[..., None, :] + ridge * jnp.eye(gram.shape[-1], dtype=gram.dtype)
     # Solved for the difference to the fallback, so that it is exact where the fallback already is the solution.

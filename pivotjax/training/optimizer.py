@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import jax
 import optax
 
+from pivotjax.config import check_least
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -26,6 +28,9 @@ class TrainingConfig:
     """Recompute the LLM's activations in the backward pass (less memory, one more forward pass)."""
     log_every: int = 5
     """Write metrics every so many steps."""
+
+    def __post_init__(self):
+        check_least(self, steps=1, batch=1, learning_rate=0, warmup=0, weight_decay=0, clip=0, log_every=1)
 
 
 def schedule(config: TrainingConfig) -> optax.Schedule:

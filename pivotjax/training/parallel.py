@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pivotjax.config import check_least
 from pivotjax.errors import InputError
 
 # First match wins; names are the pytree's path, joined by "/".
@@ -29,6 +30,9 @@ class MeshConfig:
     """Devices over which the experts are spread."""
     data: int = 1
     """Devices over which each expert's batch is spread."""
+
+    def __post_init__(self):
+        check_least(self, expert=1, data=1)
 
 
 def make_mesh(config: MeshConfig, experts: int, batch: int) -> Mesh:

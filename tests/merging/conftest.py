@@ -1,6 +1,7 @@
 """A small projector world: three experts of three layers (two of equal shape), and features of three domains."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +36,7 @@ def random_params(rng, sizes=SIZES, spread=0.4, dtype=np.float32):
             "kernel": (spread * rng.normal(size=(a, b))).astype(dtype),
             "bias": (spread * rng.normal(size=b)).astype(dtype),
         }
-        for i, (a, b) in enumerate(zip(sizes, sizes[1:]))
+        for i, (a, b) in enumerate(pairwise(sizes))
     }
 
 
@@ -81,8 +82,11 @@ def make_world(count=3, sizes=SIZES, dtype=np.float32, seed=0, spread=0.4):
     common = shifted(base, rng, 0.25)  # experts have something in common
     experts = {name: shifted(common, rng, spread) for name in ("emoji", "icons", "shapes", "symbols")[:count]}
     mixers = [rng.normal(size=(sizes[0], sizes[0])) for _ in experts]
-    features = [rng.normal(size=(40 + 10 * k, sizes[0])) @ m / 4 + 0.5 * rng.normal(size=sizes[0]) for k, m in enumerate(mixers)]
-    return World(base, experts, [f.astype(np.float32) for f in features])
+    features = []
+    for k, mixer in enumerate(mixers):
+        own = rng.normal(size=(40 + 10 * k, sizes[0])) @ mixer / 4 + 0.5 * rng.normal(size=sizes[0])
+        features.append(own.astype(np.float32))
+    return World(base, experts, features)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The merge methods once more, in plain NumPy float64, written from the formulas: one layer, one expert, one direction at a time.
+"""The merge methods once more, in plain NumPy float64, from the formulas: one layer, one expert, one direction at a time.
 
 Matrices are `[d_out, d_in]`; the bias is their last column. Nothing here is shared with the library.
 """
@@ -64,11 +64,12 @@ def shared_space(effects, basis, energy, rank):
         values, vectors = np.linalg.eigh(moment)
         spectrum, left = np.maximum(values[::-1], 0), vectors[:, ::-1]
     if rank is None:
-        rank = len(spectrum) if energy >= 1 else int(np.argmax(np.cumsum(spectrum) >= energy * spectrum.sum() - 1e-12)) + 1
+        enough = np.cumsum(spectrum) >= energy * spectrum.sum() - 1e-12
+        rank = len(spectrum) if energy >= 1 else int(np.argmax(enough)) + 1
     return left[:, :rank], spectrum
 
 
-def filtered(effects, *, basis="energy", energy=0.9, rank=None, residual="keep_mean", conflict=True, gate="none",
+def filtered(effects, *, basis="cross", energy=0.9, rank=None, residual="keep", conflict=True, gate="none",
              tau=None, gamma=1.0):
     """Steps 1 to 3 of PivotMerge: filtered effects, share of energy inside the space, consensus a direction."""
     count = len(effects)
@@ -118,31 +119,37 @@ def layer_weights(effects, kept, scores, temperature, gains=None):
     return softmax(values[scores], temperature)
 
 
-def pivot(base, experts, *, grams=None, cross=None, student=None, scores="uniform", gains=None, temperature=1.0, rho=0.9,
-          metric="pooled", rescale="none", scale=1.0, **filtering):
-    """One layer. `grams` alone: the metric form; with `student` (H'H) and `cross` (X'H) too: the layer-after-layer form."""
+def guessed_gram(update):
+    """(D'D)^2 with a mean diagonal of 1."""
+    gram = np.linalg.matrix_power(update.T @ update, 2)
+    return gram / np.mean(np.diag(gram))
+
+
+def pivot(base, experts, *, gram="updates", grams=None, cross=None, student=None, scores="uniform", gains=None,
+          temperature=1.0, rho=None, metric="pooled", rescale="expert_norm", scale=1.0, **filtering):
+    """One layer; `grams` for `own` and `merged`, `student` (H'H) and `cross` (X'H) for `merged`."""
     updates = [e - base for e in experts]
-    if grams is None:
-        tilde, kept, _ = filtered(updates, **filtering)
-        alpha = layer_weights(updates, kept, scores, temperature, gains)
-        merged = sum(a * t for a, t in zip(alpha, tilde))
+    rho = rho or {"updates": 0.15}.get(gram, 0.9)
+    if gram == "updates":
+        grams = [guessed_gram(d) for d in updates]
+    if gram == "none":
+        roots = [np.eye(base.shape[1])] * len(experts)
     else:
         shrunk = [shrink(g, rho) for g in grams]
-        lenses = shrunk if metric == "own" else [sum(shrunk) / len(shrunk)] * len(shrunk)
-        roots = [square_root(lens) for lens in lenses]
-        effects = [d @ r for d, r in zip(updates, roots)]
-        changed, kept, _ = filtered(effects, **filtering)
-        alpha = layer_weights(effects, kept, scores, temperature, gains)
-        tilde = [c @ np.linalg.inv(r) for c, r in zip(changed, roots)]
-        if student is None:
-            moment = sum(a * t @ g for a, t, g in zip(alpha, tilde, shrunk))
-            merged = moment @ np.linalg.inv(sum(a * g for a, g in zip(alpha, shrunk)))
-        else:
-            moment = sum(
-                a * (rho * ((base + t) @ s - base @ h) + (1 - rho) * t @ np.diag(np.diag(h)))
-                for a, t, s, h in zip(alpha, tilde, cross, student)
-            )
-            merged = moment @ np.linalg.inv(sum(a * shrink(h, rho) for a, h in zip(alpha, student)))
-    if rescale == "expert_norm":
-        merged = merged * np.mean([np.linalg.norm(d) for d in updates]) / np.linalg.norm(merged)
-    return base + scale * merged
+        roots = [square_root(g if metric == "own" else sum(shrunk) / len(shrunk)) for g in shrunk]
+    effects = [d @ r for d, r in zip(updates, roots)]
+    changed, kept, _ = filtered(effects, **filtering)
+    alpha = layer_weights(effects, kept, scores, temperature, gains)
+    tilde = [c @ np.linalg.inv(r) for c, r in zip(changed, roots)]
+    merged = sum(a * t for a, t in zip(alpha, tilde))
+    factor = np.mean([np.linalg.norm(d) for d in updates]) / np.linalg.norm(merged) if rescale == "expert_norm" else 1.0
+    if gram == "none":
+        return base + scale * factor * merged
+    if gram == "merged":
+        targets = [(base + t) @ s - base @ h for t, s, h in zip(tilde, cross, student)]
+        grams = student
+    else:
+        targets = [t @ g for t, g in zip(tilde, grams)]
+    moment = sum(a * (rho * y + (1 - rho) * factor * t @ np.diag(np.diag(g)))
+                 for a, y, t, g in zip(alpha, targets, tilde, grams))
+    return base + scale * moment @ np.linalg.inv(sum(a * shrink(g, rho) for a, g in zip(alpha, grams)))

@@ -19,7 +19,8 @@ def test_parameters_that_cannot_be_merged(world):
     base, experts = world.base, world.experts
     assert "at least one expert" in refused(base, {})
 
-    smaller = {**experts["icons"], "linear_1": {"kernel": np.zeros((6, 5), np.float32), "bias": np.zeros(5, np.float32)}}
+    narrow = {"kernel": np.zeros((6, 5), np.float32), "bias": np.zeros(5, np.float32)}
+    smaller = experts["icons"] | {"linear_1": narrow}
     message = refused(base, experts | {"icons": smaller})
     assert "'icons'" in message and "linear_1/bias" in message and "[5]" in message and "[6]" in message
 
@@ -82,7 +83,8 @@ def test_regmean_needs_a_base_for_updates_only(world):
 
 def test_calibration_that_does_not_fit(world):
     two = {name: world.experts[name] for name in ("emoji", "icons")}
-    assert "features of 3 experts, but 2 are merged" in refused(world.base, two, "regmean", calibration=world.calibration)
+    message = refused(world.base, two, "regmean", calibration=world.calibration)
+    assert "features of 3 experts, but 2 are merged" in message
     world.features[1][0, 0] = np.inf
     with pytest.raises(InputError, match="expert 1 hold NaN or infinity"):
         _ = world.calibration

@@ -1,9 +1,10 @@
 """The laws that methods declare, over the whole registry, and agreement with the NumPy float64 reference.
 
-Tolerances: float32 agrees with the reference within 2e-4 of the largest entry (measured: about 1e-6, more where a metric
-is inverted); float64 input without calibration within 1e-9.
+Tolerances: float32 agrees with the reference within 2e-4 of the largest entry (measured: about 1e-6, more where a
+metric is inverted); float64 input without calibration within 1e-9.
 """
 
+import jax
 import merging_reference as reference
 import numpy as np
 import pytest
@@ -38,8 +39,8 @@ def expected(world, name, calibrated=False, **options):
             merged[layer] = reference.regmean(base[layer], weights, grams, **options)
         elif name == "pivot":
             chosen = options | {"scale": 1.0}
-            gram = chosen.pop("gram", "merged" if calibrated else "none")
-            statistics = {} if gram == "none" else {"grams": grams}
+            gram = chosen.setdefault("gram", "merged" if calibrated else "updates")
+            statistics = {"grams": grams} if gram in ("own", "merged") else {}
             if gram == "merged":
                 student = [numpy_inputs(base | merged, x.astype(np.float64))[layer] for x in world.features]
                 statistics["student"] = [h.T @ h / len(h) for h in student]
@@ -80,7 +81,7 @@ def test_law(name, calibrated, law):
     if options is None or options:
         result = run(world, name, calibrated).params
         assert_close(result, expected(world, name, calibrated))
-    if options is not None and not (calibrated and options.get("gram") == "none"):
+    if options is not None:
         check = globals()[f"check_{law}"]
         check(world, lambda w: run(w, name, calibrated, **options).params)
 
@@ -114,8 +115,7 @@ def check_order(world, method):
 def check_homogeneous(world, method):
     here = method(world)
     for name, expert in world.experts.items():
-        world.experts[name] = {n: {leaf: world.base[n][leaf] + 3 * (v - world.base[n][leaf]) for leaf, v in layer.items()}
-                               for n, layer in expert.items()}
+        world.experts[name] = jax.tree.map(lambda b, e: b + 3 * (e - b), world.base, expert)
     base = matrices(world.base)
     assert_close(method(world), {n: base[n] + 3 * (m - base[n]) for n, m in matrices(here).items()}, 1e-4)
 
@@ -138,38 +138,45 @@ def test_no_method_is_the_plain_average_in_disguise(world, name, calibrated):
 
 
 FREE = [
-    {"basis": "cross"},
-    {"rank": 2, "residual": "drop"},
+    {"rescale": "none"},
+    {"basis": "energy", "rank": 2, "residual": "drop"},
     {"basis": "cross", "rank": 3, "residual": "keep"},
-    {"energy": 0.6, "residual": "keep_mean", "conflict": False},
-    {"conflict": True, "energy": 1.0},
+    {"basis": "energy", "energy": 0.6, "residual": "keep_mean"},
+    {"basis": "energy", "energy": 1.0},
     {"gate": "hard"},
     {"gate": "hard", "tau": 0.8, "residual": "drop"},
     {"gate": "soft", "gamma": 2.0},
-    {"rescale": "expert_norm", "rank": 2},
-    {"scores": "energy", "rank": 2, "temperature": 0.1},
+    {"basis": "energy", "scores": "energy", "rank": 2, "temperature": 0.1},
     {"scores": "pivot_cosine", "temperature": 0.1},
     {"scores": "loss_gain", "temperature": 0.05},
-    {"scale": 0.4, "basis": "cross", "gate": "soft"},
+    {"scale": 0.4, "gate": "soft"},
 ]
 CALIBRATED = [
-    {"rank": 3, "residual": "drop", "scale": 0.4},
-    {"basis": "cross", "conflict": True, "residual": "keep_mean", "rho": 0.5},
-    {"metric": "own", "conflict": True, "gate": "soft", "scores": "pivot_cosine", "rank": 3},
+    {"basis": "energy", "rank": 3, "residual": "drop", "scale": 0.4},
+    {"residual": "keep_mean", "rho": 0.5, "rescale": "none"},
+    {"metric": "own", "basis": "energy", "gate": "soft", "scores": "pivot_cosine", "rank": 3},
     {"scores": "loss_gain", "temperature": 0.05, "rho": 1.0},
 ]
 
 
-@pytest.mark.parametrize("gram, options", [("none", o) for o in FREE] + [(g, o) for g in ("own", "merged") for o in CALIBRATED])
+GRAMS = [("none", options) for options in FREE] + [("updates", options) for options in FREE[1:6:2]]
+GRAMS += [(gram, options) for gram in ("own", "merged") for options in CALIBRATED]
+
+
+@pytest.mark.parametrize("gram, options", GRAMS)
 def test_pivot_agrees_with_the_reference(gram, options):
     world = make_world(sizes=(6, 6, 6, 6))  # equal shapes: one compilation
     calibrated = gram != "none" or options.get("scores") == "loss_gain"
     result = run(world, "pivot", calibrated, gram=gram, **options)
-    assert_close(result.params, expected(world, "pivot", calibrated, gram=gram, **options))
+    tolerance = 2e-3 if options.get("rho") == 1 else 2e-4  # nearly collinear inputs: the fit's small ridge shows
+    assert_close(result.params, expected(world, "pivot", calibrated, gram=gram, **options), tolerance)
 
 
 @pytest.mark.parametrize("name, options", [
-    ("average", {}), ("task_arithmetic", {"scale": 0.7}), ("ties", {"density": 0.5}), ("pivot", {"basis": "cross", "gate": "soft"}),
+    ("average", {}),
+    ("task_arithmetic", {"scale": 0.7}),
+    ("ties", {"density": 0.5}),
+    ("pivot", {"gram": "none", "gate": "soft"}),
 ])  # fmt: skip
 def test_float64_input_is_merged_in_float64(name, options):
     world = make_world(dtype=np.float64)
@@ -183,11 +190,12 @@ def test_merges_are_affine_in_their_scale(world, name, calibrated):
     """Tuning counts on it: one merge at scale 1 stands for all."""
     base = matrices(world.base)
     at_one = matrices(run(world, name, calibrated, scale=1.0).params)
-    assert_close(run(world, name, calibrated, scale=0.3).params, {n: m + 0.3 * (at_one[n] - m) for n, m in base.items()}, 1e-5)
+    want = {n: m + 0.3 * (at_one[n] - m) for n, m in base.items()}
+    assert_close(run(world, name, calibrated, scale=0.3).params, want, 1e-5)
 
 
 def test_full_space_without_filter_in_the_metric_is_regmean(world):
-    plain = {"energy": 1.0, "conflict": False}
+    plain = {"energy": 1.0, "conflict": False, "rescale": "none"}
     regmean = run(world, "regmean", True)
     assert_close(run(world, "pivot", True, gram="own", **plain).params, matrices(regmean.params))
 
@@ -195,7 +203,7 @@ def test_full_space_without_filter_in_the_metric_is_regmean(world):
 def test_later_layers_of_the_merged_form_fit_the_experts_better():
     """Solving a layer on the inputs it will really get leaves a smaller error at the output than own Gram matrices."""
     world = make_world(seed=5)
-    plain = {"energy": 1.0, "conflict": False, "rho": 1.0}
+    plain = {"conflict": False, "rho": 1.0}
 
     def error(params):
         merged = matrices(params)

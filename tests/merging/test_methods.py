@@ -1,5 +1,6 @@
 """The baselines on examples with known answers."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -57,9 +58,9 @@ def test_regmean_recovers_least_squares():
     calibration = FeatureCalibration(layer_inputs, slices)
     everything = np.hstack([np.concatenate(slices), np.ones((180, 1))])
     best = np.linalg.lstsq(everything, np.concatenate(targets), rcond=None)[0]
-    for options in ({"base": None, "on": "weights"}, {"base": {"linear_0": {"kernel": np.ones((8, 5), np.float32), "bias": np.ones(5, np.float32)}}}):
-        base = options.pop("base")
-        merged = pivotjax.merge(base, fits, "regmean", calibration=calibration, rho=1.0, **options).params
+    ones = {"linear_0": {"kernel": np.ones((8, 5), np.float32), "bias": np.ones(5, np.float32)}}
+    for base, on in ((None, "weights"), (ones, "updates")):
+        merged = pivotjax.merge(base, fits, "regmean", calibration=calibration, rho=1.0, on=on).params
         np.testing.assert_allclose(matrices(merged)["linear_0"], best.T, atol=2e-3)
 
 
@@ -68,7 +69,8 @@ def test_inputs_that_no_expert_saw_are_averaged():
     world = make_world(sizes=(6, 5))
     for own in world.features:
         own[:, 2] = 0
-    for name, options in (("regmean", {"rho": 1.0}), ("pivot", {"gram": "own"}), ("pivot", {"gram": "merged"})):
+    plain = {"rescale": "none"}
+    for name, options in (("regmean", {"rho": 1.0}), ("pivot", plain | {"gram": "own"}), ("pivot", plain)):
         merged = pivotjax.merge(world.base, world.experts, name, calibration=world.calibration, **options).params
         mean = np.mean([e["linear_0"]["kernel"][2] for e in world.experts.values()], axis=0)
         np.testing.assert_allclose(merged["linear_0"]["kernel"][2], mean, atol=1e-5)
@@ -108,12 +110,7 @@ def test_layouts_agree(layout):
     experts = {name: convert(expert) for name, expert in world.experts.items()}
     got = pivotjax.merge(convert(world.base), experts, "pivot")
     assert len(got.report["layers"]) == 2
-    for a, b in zip(_leaves(want), _leaves(got.params)):
-        np.testing.assert_allclose(a, b, atol=1e-6)
-
-
-def _leaves(tree):
-    return [leaf for value in tree.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), want, got.params)
 
 
 def test_scanned_layers_are_merged_one_by_one():
@@ -126,16 +123,18 @@ def test_scanned_layers_are_merged_one_by_one():
         return {"block": block, "norm": {"scale": params["linear_0"]["bias"]}}
 
     alone = pivotjax.merge(world.base, world.experts, "pivot", basis="cross", rank=2)
-    together = pivotjax.merge(stacked(world.base), {n: stacked(e) for n, e in world.experts.items()}, "pivot", basis="cross", rank=2)
+    experts = {name: stacked(expert) for name, expert in world.experts.items()}
+    together = pivotjax.merge(stacked(world.base), experts, "pivot", basis="cross", rank=2)
     for i in range(3):
-        np.testing.assert_allclose(together.params["block"]["kernel"][i], alone.params[f"linear_{i}"]["kernel"], atol=1e-6)
+        one, all_three = alone.params[f"linear_{i}"]["kernel"], together.params["block"]["kernel"][i]
+        np.testing.assert_allclose(all_three, one, atol=1e-6)
         assert together.report["layers"][f"block[{i}]"]["rank"] == 2
     mean = np.mean([e["linear_0"]["bias"] for e in world.experts.values()], axis=0)
     np.testing.assert_allclose(together.params["norm"]["scale"], mean, atol=1e-6)
 
 
 def test_gram_matrices_of_features(world):
-    """FeatureCalibration against NumPy float64: own Gram matrices, student Gram and cross moment; 1e-5 of the largest."""
+    """FeatureCalibration against NumPy float64: own and student Gram matrices, cross moment; 1e-5 of the largest."""
     stacked = {n: {leaf: np.stack([e[n][leaf] for e in world.experts.values()]) for leaf in ("kernel", "bias")}
                for n in world.base}
     grams = world.calibration.grams(stacked)

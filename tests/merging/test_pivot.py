@@ -1,6 +1,7 @@
 """PivotMerge where the truth is known: planted shared spaces, conflicts, layer weights."""
 
 import json
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from pivotjax.merging import spectral
 
 
 def planted(rng, strength, count=3, d_out=60, d_in=80, rank=6):
-    """Updates with one shared pattern in one output space, and a domain part `strength` times as large, each in its own."""
+    """Updates: one shared pattern in one output space, and each a domain part `strength` times as large in its own."""
     space = np.linalg.qr(rng.normal(size=(d_out, rank)))[0]
     shared = space @ rng.normal(size=(rank, d_in))
     updates = []
@@ -45,7 +46,7 @@ def test_conflicting_experts():
     base = {"kernel": np.zeros((3, 2), np.float32)}
     same, direction = np.float32([5, 0, 0]), np.float32([0, 1, 0])
     experts = {"a": {"kernel": np.stack([same, 3 * direction], 1)}, "b": {"kernel": np.stack([same, -direction], 1)}}
-    options = {"energy": 1.0, "rescale": "none"}
+    options = {"gram": "none", "basis": "energy", "energy": 1.0, "rescale": "none"}
     projected = pivotjax.merge(base, experts, "pivot", conflict=True, **options)
     np.testing.assert_allclose(projected.params["kernel"], np.stack([same, 0 * direction], 1), atol=1e-5)
     plain = pivotjax.merge(base, experts, "pivot", conflict=False, **options)
@@ -60,7 +61,7 @@ def test_hard_gate_drops_unshared_directions():
         updates[k, 1, 1 + k] = 1
     experts = [{"kernel": u.T} for u in updates]
     base = {"kernel": np.zeros((6, 2), np.float32)}
-    options = {"energy": 1.0, "conflict": False, "rescale": "none"}
+    options = {"gram": "none", "basis": "energy", "energy": 1.0, "conflict": False, "rescale": "none"}
     merged = pivotjax.merge(base, experts, "pivot", gate="hard", tau=0.6, **options)
     np.testing.assert_allclose(merged.params["kernel"].T, [[4, 0, 0, 0, 0, 0], [0] * 6], atol=1e-5)
     np.testing.assert_allclose(merged.report["layers"]["kernel"]["consensus"], [1, 3**-0.5], atol=1e-5)
@@ -69,7 +70,7 @@ def test_hard_gate_drops_unshared_directions():
 
 
 def test_rescaling_restores_the_experts_norm(world):
-    merged = pivotjax.merge(world.base, world.experts, "pivot", rescale="expert_norm", rank=2, residual="drop")
+    merged = pivotjax.merge(world.base, world.experts, "pivot", gram="none", rescale="expert_norm", rank=2)
     for name, facts in merged.report["layers"].items():
         delta = [merged.params[name][leaf] - world.base[name][leaf] for leaf in ("kernel", "bias")]
         norm = np.sqrt(sum(np.sum(np.square(d)) for d in delta))
@@ -81,9 +82,8 @@ def test_loss_gain_weighs_the_expert_that_helps():
     world = make_world()
     for leaf in ("kernel", "bias"):
         world.experts["icons"]["linear_1"][leaf] *= 0.1
-    merged = pivotjax.merge(
-        world.base, world.experts, "pivot", scores="loss_gain", temperature=0.1, gram="none", calibration=world.calibration
-    )
+    options = {"scores": "loss_gain", "temperature": 0.1, "gram": "updates"}
+    merged = pivotjax.merge(world.base, world.experts, "pivot", calibration=world.calibration, **options)
     weights = merged.report["layers"]["linear_1"]["weights"]
     assert max(weights, key=weights.get) == "icons"
     assert sum(weights.values()) == pytest.approx(1, abs=1e-5)
@@ -92,7 +92,7 @@ def test_loss_gain_weighs_the_expert_that_helps():
 def test_report_is_json_and_complete(world):
     for extra in ({}, {"calibration": world.calibration}):
         report = pivotjax.merge(world.base, world.experts, "pivot", **extra).report
-        assert report["options"]["gram"] == ("merged" if extra else "none")
+        assert report["options"]["gram"] == ("merged" if extra else "updates")
         assert json.loads(json.dumps(report, allow_nan=False)) == report
         for facts in report["layers"].values():
             assert set(facts) == {"update_norms", "cosines", "rank", "spectrum", "consensus", "energy_kept",
@@ -102,9 +102,7 @@ def test_report_is_json_and_complete(world):
 
 
 def test_projectors_of_real_size_take_seconds():
-    """Three experts of a 1280 -> 576 -> 576 projector; the second call is compiled (a generous limit for busy machines)."""
-    import time
-
+    """Three experts of a 1280 -> 576 -> 576 projector: processor time of the second call, measured about .9 s."""
     rng = np.random.default_rng(0)
 
     def params(spread):
@@ -113,6 +111,6 @@ def test_projectors_of_real_size_take_seconds():
 
     base, experts = params(0.03), [params(0.05) for _ in range(3)]
     pivotjax.merge(base, experts, "pivot")
-    started = time.perf_counter()
+    started = time.process_time()
     pivotjax.merge(base, experts, "pivot")
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 4
