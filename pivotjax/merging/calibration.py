@@ -102,7 +102,7 @@ class FeatureCalibration:
     def loss(self, params: PyTree) -> Array:
         """See `Calibration.loss`."""
         if self.caption_loss is None:
-            raise InputError("this calibration holds no captions, which scores='loss_gain' measures: give a caption loss")
+            raise InputError("this calibration holds no captions, but scores='loss_gain' measures them: add some")
         return self.caption_loss(params)
 
     def _check(self, stacked: PyTree) -> None:
@@ -112,7 +112,7 @@ class FeatureCalibration:
 
 
 def _chunked(features: Sequence[np.ndarray], chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """K arrays `[..., d]` -> rows `[K, chunks, chunk, d]`, weights `[K, chunks, chunk]` (1 / own rows, 0 for padding)."""
+    """K arrays `[..., d]` -> rows `[K, chunks, chunk, d]`, weights `[K, chunks, chunk]`: 1 / own rows, 0 in padding."""
     flat = [own.reshape(-1, own.shape[-1]) for own in features]
     for k, own in enumerate(flat):
         if not len(own):

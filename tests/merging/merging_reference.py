@@ -1,4 +1,4 @@
-"""The merge methods once more, in plain NumPy float64, from the formulas: one layer, one expert, one direction at a time.
+"""The merge methods again, in plain NumPy float64, from the formulas: one layer, one expert, one direction at a time.
 
 Matrices are `[d_out, d_in]`; the bias is their last column. Nothing here is shared with the library.
 """
