@@ -3,43 +3,52 @@
 [read] The task and the two components are the paper's. [ours] Their formulas below are our reconstruction: the paper's
 body was not available. Every choice with more than one plausible reading is a named option.
 
-A layer's update `D_k` (bias joined as an input column) is seen through what it does: `E_k = D_k M^(1/2)`, with a metric `M`
-on the layer's inputs (the mean of the experts' `G_k`, or each expert's own), `G_k` the second moment of the inputs on
-expert k's own data. `gram="none"` takes the identity: then `E_k = D_k`.
+A layer's update `D_k` (bias joined as an input column) is seen through what it does: `E_k = D_k M^(1/2)`, with a
+metric `M` on the layer's inputs (the mean of the experts' `G_k`, or each expert's own), `G_k` the second moment of the
+inputs on expert k's own data. `gram="none"` takes the identity: then `E_k = D_k`.
 
 1. Shared space: orthonormal output directions `u_1 ... u_r` (spectral.shared_space).
 2. Decomposition: `c_ki = u_i' E_k`, shared pattern `s_i = mean_k c_ki`; what lies outside the space is the residual.
 3. Filtering: conflict projection, consensus gate, residual; back from `E` to filtered updates `D~_k`.
 4. Merging: weights `alpha_k = softmax_k(score_k / T)` a layer, `W = W0 + scale * D` with
    - `gram="none"`: `D = f sum_k alpha_k D~_k`, `f` bringing it to the experts' mean norm (`rescale`);
-   - otherwise the `D` nearest to what the filtered updates do to their own data, with a pull to `f D~_k` that decides where
-     the data do not: `min_D sum_k alpha_k (rho |D H_k' - Y_k|^2 + (1 - rho) |(D - f D~_k) diag(H_k'H_k)^(1/2)|^2)`.
+   - otherwise the `D` nearest to what the filtered updates do to their own data, with a pull to `f D~_k` that decides
+     where the data do not:
+     `min_D sum_k alpha_k (rho |D H_k' - Y_k|^2 + (1 - rho) |(D - f D~_k) diag(H_k'H_k)^(1/2)|^2)`.
      `own`: `H_k = X_k`, `Y_k = D~_k X_k'` (at f = 1 and without a filter this is RegMean on updates).
-     `merged`: layer after layer; a later layer's inputs `H_k` come from the layers already merged, its targets are what the
-     experts computed on their own inputs: `Y_k = (W0 + D~_k) X_k' - W0 H_k'`.
-     `updates`: `own` without data: `G_k = (D_k'D_k)^2`, scaled to a mean diagonal of 1. An update is a sum of outer products
-     of errors and inputs, so its row space is that of the inputs; Adam's normalisation flattens its spectrum, and
-     squaring restores contrast. It is a rough guess (cosine to the true Gram matrix about .2), hence the small `rho`.
+     `merged`: layer after layer; a later layer's inputs `H_k` come from the layers already merged, its targets are what
+     the experts computed on their own inputs: `Y_k = (W0 + D~_k) X_k' - W0 H_k'`.
+     `updates`: `own` without data: `G_k = (D_k'D_k)^2`, scaled to a mean diagonal of 1. An update is a sum of outer
+     products of errors and inputs, so its row space is that of the inputs. Squaring sharpens a spectrum that is
+     flatter than the inputs' (we think by Adam's normalisation). It is a rough guess, hence its small `rho`.
 
-What the defaults rest on. Real experts (emoji, icons, shapes; SmolLM2-135M, 1280 -> 576 -> 576, 200 steps each), caption loss a
-token on 20 (seed 1: 16) captions a domain of the *calibration* split, mean of the three domains:
+What the defaults rest on: real experts (emoji, icons, shapes; SmolLM2-135M, 1280 -> 576 -> 576, 200 steps), caption
+loss a token, mean over the three domains of 24 captions each of the *calibration* split that no Gram matrix saw (those come
+from 64 other images a domain). The guess, its power and `rho` were chosen on seed 0; seed 1 only confirms.
 
 | | seed 0 | seed 1 |
 |---|---|---|
-| average x 1, 1.4, 1.73, 2.1 (task arithmetic at its best scale lies there) | - , 6.43, 6.19, 6.18 | - |
-| `gram="none"` at the experts' norm | - | 7.71 |
-| `gram="updates"`: default | 3.89 | 4.68 |
-| the same, `D_k'D_k` not squared, best of three ridges (14 test captions a domain) | 4.33 | - |
-| the same, `energy` basis, conflict projection in the whole space | 5.05 | - |
-| the same, hard gate / soft gate (gamma .5) / `drop` outside 99 % energy | 5.84 / 4.66 / 3.90 | - / - / 4.67 |
-| RegMean, rho .9 | 3.32 | 3.41 |
-| `gram="merged"`: default | 3.29 | 3.39 |
-| the same, conflict projection in the whole space (32 test captions: 3.26 without) | 3.77 | - |
+| best single expert | 5.06 | 4.90 |
+| average x 1, 1.8, 2.2 (x 2.2 is task arithmetic at .73) | 7.14, 6.36, 6.41 | 9.38, 8.07, 7.62 |
+| TIES, scale 1 | 6.08 | 7.54 |
+| `gram="none"`, else defaults | 6.39 | 8.24 |
+| the same, `energy` basis, `energy` 1: conflict projection in all directions | 5.83 | 8.07 |
+| **`gram="updates"`: the data-free default** | **3.76** | **4.31** |
+| the same, `D_k'D_k` not squared, rho .15, .3 | 4.18, 4.35 | 5.02, 4.85 |
+| the same, `rescale` none | 3.83 | 4.51 |
+| the same, conflict projection in all directions | 4.98 | 4.95 |
+| the same, `energy` basis at 98 %, residual dropped | 3.93 | 4.45 |
+| the same, hard gate in all directions | 5.68 | 5.48 |
+| the same, `pivot_cosine` scores, T .1 | 4.16 | 4.50 |
+| RegMean, rho .9 | 3.20 | 3.71 |
+| `gram="own"`, else defaults | 3.19 | 3.71 |
+| **`gram="merged"`: the calibrated default** | **3.15** | **3.64** |
+| the same, rho .98 | 3.20 | 3.76 |
+| the same, conflict projection in all directions | 3.79 | 3.86 |
 
-So: the metric is what matters, in both modes. Filters that touch more than a narrow shared space cost; `cross` keeps only the
-directions that experts have in common, and with the residual kept its conflict projection costs nothing there
-(rank 1 to a few). Uniform weights were as good as any scores. Small synthetic experts (cosines .3 to .7 between updates)
-agree: no filter beat none, `merged` beat `own` beat averaging, and `merged` alone gained from rho up to .98.
+So the metric is what matters, with data and without. No filter helped in it: the wider it acts the more it costs. The
+default is therefore the narrow one: `cross` keeps only directions that experts have in common (one a layer in the guessed
+metric), the residual is kept, and a conflict projection there changed nothing. No scores beat uniform weights.
 """
 
 from dataclasses import dataclass

@@ -138,13 +138,11 @@ def test_no_method_is_the_plain_average_in_disguise(world, name, calibrated):
 
 
 FREE = [
-    {"rescale": "none"},
-    {"basis": "energy", "rank": 2, "residual": "drop"},
+    {"basis": "energy", "rank": 2, "residual": "drop", "rescale": "none"},
     {"basis": "cross", "rank": 3, "residual": "keep"},
     {"basis": "energy", "energy": 0.6, "residual": "keep_mean"},
     {"basis": "energy", "energy": 1.0},
-    {"gate": "hard"},
-    {"gate": "hard", "tau": 0.8, "residual": "drop"},
+    {"gate": "hard", "basis": "energy", "residual": "drop"},
     {"gate": "soft", "gamma": 2.0},
     {"basis": "energy", "scores": "energy", "rank": 2, "temperature": 0.1},
     {"scores": "pivot_cosine", "temperature": 0.1},
@@ -159,7 +157,7 @@ CALIBRATED = [
 ]
 
 
-GRAMS = [("none", options) for options in FREE] + [("updates", options) for options in FREE[1:6:2]]
+GRAMS = [("none", options) for options in FREE] + [("updates", options) for options in FREE[::3]]
 GRAMS += [(gram, options) for gram in ("own", "merged") for options in CALIBRATED]
 
 
