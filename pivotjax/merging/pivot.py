@@ -23,8 +23,8 @@ inputs on expert k's own data. `gram="none"` takes the identity: then `E_k = D_k
      flatter than the inputs' (we think by Adam's normalisation). It is a rough guess, hence its small `rho`.
 
 What the defaults rest on: real experts (emoji, icons, shapes; SmolLM2-135M, 1280 -> 576 -> 576, 200 steps), caption
-loss a token, mean over the three domains of 24 captions each of the *calibration* split that no Gram matrix saw (those come
-from 64 other images a domain). The guess, its power and `rho` were chosen on seed 0; seed 1 only confirms.
+loss a token, mean over the three domains of 24 captions each of the *calibration* split that no Gram matrix saw (those
+come from 64 other images a domain). The guess, its power and `rho` were chosen on seed 0; seed 1 came after.
 
 | | seed 0 | seed 1 |
 |---|---|---|
@@ -46,9 +46,9 @@ from 64 other images a domain). The guess, its power and `rho` were chosen on se
 | the same, rho .98 | 3.20 | 3.76 |
 | the same, conflict projection in all directions | 3.79 | 3.86 |
 
-So the metric is what matters, with data and without. No filter helped in it: the wider it acts the more it costs. The
-default is therefore the narrow one: `cross` keeps only directions that experts have in common (one a layer in the guessed
-metric), the residual is kept, and a conflict projection there changed nothing. No scores beat uniform weights.
+So the metric is what matters, with data and without. No filter helped in it: the wider it acts, the more it costs.
+The default is therefore the narrow one: `cross` keeps only directions that experts have in common (one a layer in the
+guessed metric), the residual is kept, and a conflict projection there changed nothing. No scores beat uniform weights.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,9 @@
 """PivotMerge where the truth is known: planted shared spaces, conflicts, layer weights."""
 
 import json
-import time
+import os
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -101,16 +103,30 @@ def test_report_is_json_and_complete(world):
             assert all(0 <= value <= 1.00001 for value in facts["consensus"])
 
 
+SPEED = """
+import time
+import numpy as np
+import pivotjax
+
+rng = np.random.default_rng(0)
+
+
+def params(spread):
+    return {f"linear_{i}": {"kernel": (spread * rng.normal(size=(d, 576))).astype(np.float32),
+                            "bias": np.zeros(576, np.float32)} for i, d in enumerate((1280, 576))}
+
+
+base, experts = params(0.03), [params(0.05) for _ in range(3)]
+pivotjax.merge(base, experts, "pivot")
+started = time.process_time()
+pivotjax.merge(base, experts, "pivot")
+print(time.process_time() - started)
+"""
+
+
 def test_projectors_of_real_size_take_seconds():
-    """Three experts of a 1280 -> 576 -> 576 projector: processor time of the second call, measured about .9 s."""
-    rng = np.random.default_rng(0)
-
-    def params(spread):
-        return {f"linear_{i}": {"kernel": (spread * rng.normal(size=(d, 576))).astype(np.float32),
-                                "bias": np.zeros(576, np.float32)} for i, d in enumerate((1280, 576))}  # fmt: skip
-
-    base, experts = params(0.03), [params(0.05) for _ in range(3)]
-    pivotjax.merge(base, experts, "pivot")
-    started = time.process_time()
-    pivotjax.merge(base, experts, "pivot")
-    assert time.process_time() - started < 4
+    """Three experts of a 1280 -> 576 -> 576 projector: processor time of the second call, measured 1.1 s. LAPACK gets one
+    thread: several spin, and their time counts, while they wait for a busy machine."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SPEED], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 5

@@ -133,3 +133,16 @@ def test_clipping_is_each_experts_own(tiny):
     for x, y in zip(jax.tree.leaves(calm.params), jax.tree.leaves(loud.params)):
         np.testing.assert_array_equal(x[1], y[1])
     assert not np.allclose(calm.params["linear_1"]["kernel"][0], loud.params["linear_1"]["kernel"][0], rtol=1e-6)
+
+
+def test_bfloat16_backbone_keeps_a_float32_projector(tiny):
+    """The frozen model in bfloat16, projector, optimizer and loss in float32: nearly the same loss and gradient."""
+    half = build(jnp.bfloat16)
+    half = half._replace(w0=tiny.w0, frozen=jax.tree.map(lambda a: a.astype(jnp.bfloat16), tiny.frozen))
+    batch = tiny.batch(0)
+    state, metrics = jax.jit(half.step())(half.state(3), half.frozen, batch)
+    _, expected = jax.jit(tiny.step())(tiny.state(3), tiny.frozen, batch)
+    assert metrics.loss.dtype == jnp.float32
+    assert {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-2)
+    np.testing.assert_allclose(metrics.gradient_norm, expected.gradient_norm, rtol=5e-2)

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from pivotjax.models import projector
-from pivotjax.models.language.llama import Llama, LlamaConfig
+from pivotjax.models.language import FAMILIES, LlamaConfig, abstract
 from pivotjax.models.vlm import IMAGE_TOKEN
 from pivotjax.training.optimizer import TrainingConfig, adamw, per_expert
 from pivotjax.training.step import init_state, make_step
@@ -54,8 +54,17 @@ class Tiny(NamedTuple):
 
 
 def build(dtype=jnp.float32, config=CONFIG, **training) -> Tiny:
-    graphdef, state = nnx.split(Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    """Random weights: norms 1, the rest normal with the spread that keeps activations near 1."""
+    graphdef, shapes = abstract(FAMILIES["llama"], config, dtype)
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        if path[-1].key == "scale":
+            return jnp.ones(leaf.shape, dtype)
+        return jnp.asarray(rng.normal(scale=leaf.shape[-2] ** -0.5, size=leaf.shape), dtype)
+
+    frozen = jax.tree_util.tree_map_with_path(fill, shapes)
     w0 = projector.init("mlp2x_gelu", FEATURE, config.dim, jax.random.key(1), 0.1)
     w0 = jax.tree.map(lambda a: a.astype(dtype), w0)
     settings = TrainingConfig(**{"steps": 20, "learning_rate": 1e-2} | training)
-    return Tiny(graphdef, nnx.to_pure_dict(state), w0, settings)
+    return Tiny(graphdef, frozen, w0, settings)
