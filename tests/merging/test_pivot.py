@@ -125,8 +125,8 @@ print(time.process_time() - started)
 
 
 def test_projectors_of_real_size_take_seconds():
-    """Three experts of a 1280 -> 576 -> 576 projector: processor time of the second call, measured 1.1 s. LAPACK gets one
-    thread: several spin, and their time counts, while they wait for a busy machine."""
+    """Three experts of a 1280 -> 576 -> 576 projector: processor time of the second call, measured 1.1 s. LAPACK has
+    one thread: several spin, and their time counts, while they wait for a busy machine."""
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", SPEED], env=environment, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 5
