@@ -88,7 +88,7 @@ def test_experts_are_where_the_mesh_says(runs, mesh, experts_a_device):
     assert runs[mesh]["devices"] == (1 if mesh == "1x1" else 4)
 
 
-@pytest.mark.parametrize(("config", "said"), [(MeshConfig(2, 1), "needs 2 devices"), (MeshConfig(0, 1), "needs 0")])
+@pytest.mark.parametrize(("config", "said"), [(MeshConfig(2, 1), "needs 2 devices"), (MeshConfig(1, 3), "needs 3")])
 def test_a_mesh_that_does_not_fit_the_devices(config, said):
     with pytest.raises(InputError, match=said):
         make_mesh(config, 2, 2)
