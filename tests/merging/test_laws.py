@@ -8,7 +8,7 @@ import jax
 import merging_reference as reference
 import numpy as np
 import pytest
-from conftest import make_world, matrices, numpy_inputs
+from small_world import make_world, matrices, numpy_inputs
 
 import pivotjax
 from pivotjax.merging.registry import LAWS, METHODS

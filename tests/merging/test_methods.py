@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import layer_inputs, make_world, matrices, numpy_inputs
+from small_world import layer_inputs, make_world, matrices, numpy_inputs
 
 import pivotjax
 from pivotjax.merging.calibration import FeatureCalibration

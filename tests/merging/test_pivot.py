@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_world
+from small_world import make_world
 
 import pivotjax
 from pivotjax.merging import spectral

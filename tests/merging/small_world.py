@@ -1,0 +1,88 @@
+"""A small projector world: three experts of three layers (two of equal shape), and features of three domains."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import jax.numpy as jnp
+import numpy as np
+
+from pivotjax.merging.calibration import FeatureCalibration
+
+SIZES = (7, 6, 6, 6)
+
+
+def layer_inputs(params, x):
+    """Linear layers with tanh between them."""
+    seen = {}
+    for i in range(len(params)):
+        seen[f"linear_{i}"] = x
+        x = jnp.tanh(x @ params[f"linear_{i}"]["kernel"] + params[f"linear_{i}"]["bias"])
+    return seen
+
+
+def numpy_inputs(matrices, x):
+    """The same in NumPy float64: `{layer: [rows, d_in + 1]}` with the input of 1 last; matrices are `[W | b]`."""
+    seen = {}
+    for name, matrix in matrices.items():
+        seen[name] = np.hstack([x, np.ones((len(x), 1))])
+        x = np.tanh(seen[name] @ matrix.T)
+    return seen
+
+
+def random_params(rng, sizes=SIZES, spread=0.4, dtype=np.float32):
+    return {
+        f"linear_{i}": {
+            "kernel": (spread * rng.normal(size=(a, b))).astype(dtype),
+            "bias": (spread * rng.normal(size=b)).astype(dtype),
+        }
+        for i, (a, b) in enumerate(pairwise(sizes))
+    }
+
+
+def matrices(params):
+    """`{layer: [W | b]}` in float64."""
+    return {
+        name: np.hstack([np.asarray(p["kernel"], np.float64).T, np.asarray(p["bias"], np.float64)[:, None]])
+        for name, p in params.items()
+    }
+
+
+def shifted(base, rng, spread):
+    other = random_params(rng, _sizes(base), spread, base["linear_0"]["kernel"].dtype)
+    return {n: {leaf: base[n][leaf] + other[n][leaf] for leaf in base[n]} for n in base}
+
+
+def _sizes(params):
+    kernels = [layer["kernel"] for layer in params.values()]
+    return (kernels[0].shape[0], *(kernel.shape[1] for kernel in kernels))
+
+
+@dataclass
+class World:
+    """`features` are each domain's own; `loss` is any smooth function of a projector."""
+
+    base: dict
+    experts: dict
+    features: list
+
+    @property
+    def calibration(self):
+        return FeatureCalibration(layer_inputs, self.features, caption_loss, chunk=16)
+
+
+def caption_loss(stacked):
+    """[P]: the spread of the weights; any function of the parameters will do for the arithmetic of `loss_gain`."""
+    return sum(jnp.square(p["kernel"]).mean((-1, -2)) + jnp.abs(p["bias"]).mean(-1) for p in stacked.values())
+
+
+def make_world(count=3, sizes=SIZES, dtype=np.float32, seed=0, spread=0.4):
+    rng = np.random.default_rng(seed)
+    base = random_params(rng, sizes, dtype=dtype)
+    common = shifted(base, rng, 0.25)  # experts have something in common
+    experts = {name: shifted(common, rng, spread) for name in ("emoji", "icons", "shapes", "symbols")[:count]}
+    mixers = [rng.normal(size=(sizes[0], sizes[0])) for _ in experts]
+    features = []
+    for k, mixer in enumerate(mixers):
+        own = rng.normal(size=(40 + 10 * k, sizes[0])) @ mixer / 4 + 0.5 * rng.normal(size=sizes[0])
+        features.append(own.astype(np.float32))
+    return World(base, experts, features)
