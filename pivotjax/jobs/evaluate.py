@@ -68,9 +68,9 @@ def run(config: EvaluateConfig) -> Path:
     """Measures and writes the report; returns the path of report.html."""
     if not config.projectors:
         raise InputError("no projectors to evaluate; give a recipe with `projectors: {name: CHECKPOINT}`")
-    output.claim(config.out, config)
     loaded = {name: assemble.load_projector(path) for name, path in config.projectors.items()}
     check_siblings(None, loaded, allow_different_init=True)
+    output.claim(config.out, config)
     cache = assets.cache_folder(config.cache)
     name, first = next(iter(loaded.items()))
     _, data = assemble.config_of(first.info, name)

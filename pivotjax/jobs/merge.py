@@ -88,7 +88,6 @@ def _value(flag: str, text: str) -> Any:
 
 def run(config: MergeConfig, plan: MergeRecipe) -> Merge:
     """Merges, tunes if asked, writes `out/projector`, `mm_projector.safetensors` and `merge_report.json`."""
-    output.claim(config.out, configs.resolved(config) | {"recipe": configs.resolved(plan)})
     experts = {name: assemble.load_projector(Path(path)) for name, path in plan.models}
     base = assemble.load_projector(Path(plan.base_model)) if plan.base_model else None
     check_siblings(base, experts, config.allow_different_init)
@@ -100,6 +99,7 @@ def run(config: MergeConfig, plan: MergeRecipe) -> Merge:
             "tune chooses the scale on calibration captions; give base_model and `calibration: {captions: 24}`"
         )
     result = merge_projectors(base, experts, plan.merge_method, plan.parameters, data)
+    output.claim(config.out, configs.resolved(config) | {"recipe": configs.resolved(plan)})
     if config.tune:
         result = tune(base, result, data)
     if plan.dtype:
