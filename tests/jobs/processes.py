@@ -22,6 +22,8 @@ class Ran(NamedTuple):
 def run(*args: Any, log: Path, until: Path | None = None, stop: signal.Signals | None = None) -> Ran:
     """Runs `pivotjax ARGS`; with `until`, sends the signal `stop` as soon as that path exists."""
     started = time.monotonic()
+    # A runner in the background may have been told to ignore Ctrl-C, and its children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, "-m", "pivotjax.cli", *map(str, args)]
     with (
         open(log, "w+") as err,
