@@ -142,10 +142,10 @@ def expected_minutes(config: DemoConfig) -> float:
     images = domains * (config.train + config.calibration.images + config.items)
     training = config.seeds * config.steps * 2 * experts * 8 * 0.062  # seconds a sample, forward and backward
     projectors = experts + 3 + sum(1 + tuned for *_, tuned in MERGES.values())
-    testing = config.seeds * projectors * domains * (config.items * 0.08 + config.control_items * 0.03)
+    testing = config.seeds * projectors * domains * (config.items * 0.035 + config.control_items * 0.015)
     candidates = 12 * sum(tuned for *_, tuned in MERGES.values()) + 1 + 2 * experts
-    tuning = config.seeds * candidates * experts * config.calibration.captions * 0.04
-    return (90 + images / 45 + training + testing + tuning) / 60
+    tuning = config.seeds * candidates * experts * config.calibration.captions * 0.02
+    return (60 + images / 90 + training + testing + tuning) / 60
 
 
 def _check(config: DemoConfig) -> None:
