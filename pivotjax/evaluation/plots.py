@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 SERIES = ("#2f6db3", "#d9822b", "#3a9a6b", "#8a5fb0", "#c44e52", "#3aa6b0", "#8c6d31", "#b0578d", "#5f7d95", "#7f7f7f")
-GOOD, BAD = "#2e7d4f", "#b3432f"
 _GOOD_TO_BAD = LinearSegmentedColormap.from_list(
     "good to bad", ["#1d5f8a", "#5fa3c4", "#d3e6ee", "#f7e9d7", "#e9b583", "#c8693b"]
 )
