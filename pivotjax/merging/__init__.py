@@ -6,21 +6,22 @@ in `methods/`. Methods that need statistics of data get a `calibration` object (
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pivotjax.errors import InputError
-from pivotjax.merging import diagnostics, pivot, registry, updates  # noqa: F401  importing a method registers it
+from pivotjax.merging import diagnostics, methods, pivot, registry, settings, updates  # noqa: F401  pivot registers
 from pivotjax.merging.calibration import Calibration
-from pivotjax.merging.methods import average, regmean, task_arithmetic, ties  # noqa: F401
-from pivotjax.merging.registry import METHODS, describe
+from pivotjax.merging.registry import METHODS, Merged, Method, describe
+from pivotjax.merging.updates import Stacked, Updates
 
 PyTree = Any
 
-__all__ = ["METHODS", "Calibration", "Merge", "describe", "merge"]
+__all__ = ["METHODS", "Calibration", "Merge", "Stacked", "describe", "merge"]
 
 
 class Merge(NamedTuple):
@@ -32,48 +33,93 @@ class Merge(NamedTuple):
 
 def merge(
     base: PyTree | None,
-    experts: Mapping[str, PyTree] | Sequence[PyTree],
+    experts: Mapping[str, PyTree] | Sequence[PyTree] | Stacked,
     method: str = "pivot",
     *,
     calibration: Calibration | None = None,
+    platform: Literal["cpu", "tpu"] | None = None,
+    diagnose: Literal["nothing", "brief", "full"] = "brief",
     **options: Any,
 ) -> Merge:
     """Merges K experts into one pytree of the same structure, shapes and dtypes.
 
+    May be called inside `jax.jit` (or pmap, shard_map) as part of a larger program: shapes and options are checked as
+    ever, values (NaN, overflow) are not, and the report holds traced arrays where it would hold numbers.
+
     Args:
         base: the parameters all experts started from (updates are measured from them). None is allowed for methods
-            that need no base: `average`, and `regmean` with `on="weights"`.
-        experts: `{name: pytree}`, or a sequence (named `expert_0`, ...). Leaves are floating-point arrays; a `kernel`
-            is `[..., d_in, d_out]`, a `weight` is `[..., d_out, d_in]`, a sibling `bias` belongs to it.
+            that need no base, such as `average`.
+        experts: `{name: pytree}`, or a sequence (named `expert_0`, ...), or `Stacked(params, names)` with a leading
+            expert axis. Leaves are floating-point arrays; a `kernel` is `[..., d_in, d_out]`, a `weight` is
+            `[..., d_out, d_in]`, a sibling `bias` belongs to it.
         method: a registered name; `describe()` lists them.
         calibration: statistics of calibration data, for methods and options that use them.
-        **options: the method's own; unknown ones are refused. `lambda` may stand for `scale` (`**{"lambda": .5}`).
+        platform: where to merge; None: where the arrays are. `cpu` on a TPU host uses LAPACK, the safe default for one
+            projector. Inside a trace the program's own platform decides, and each routine is chosen for it when the
+            program is lowered; the argument then changes nothing.
+        diagnose: what the report says of the experts whatever the method: `nothing`; `brief`, norms and cosines of the
+            updates; `full`, see `diagnostics.full`.
+        **options: the method's own; unknown ones are refused. `lambda` may stand for `scale` (`**{"lambda": .5}`). A
+            list makes a value differ a tensor, see `settings`.
 
     Returns:
         Merge(params, report). Each leaf has the dtype of the base's (without a base: of the first expert's); leaves
         that came as NumPy arrays go back as NumPy arrays. All sums are float32 with highest precision, or float64 where
-        the input is float64. The report holds the method, its resolved options and, a layer, its diagnostics.
+        the input is float64. The report holds the method, its resolved options, a layer its diagnostics, and
+        `exceptions`: leaves to which the formula does not apply, and what was done with them.
 
     Raises:
         InputError: bad input: one line that names the expert and the leaf, or the option and the nearest known one.
     """
     chosen = registry.find(method)
-    named = _named(experts)
-    options = registry.resolve(chosen, options, tuple(named))
-    if "base" in chosen.needs and base is None:
-        raise InputError(f"merge method {method!r} measures updates from a base: give what the experts started from")
-    if "calibration" in chosen.needs and calibration is None:
-        raise InputError(f"merge method {method!r} needs calibration data; give it, or choose a method that needs none")
-    extra = {"calibration": calibration} if chosen.takes_calibration else {}
-    with _precision([base, *named.values()]):
-        seen = updates.read(base, named)
-        merged = chosen.function(seen, **extra, **options)
-        params = _finish(seen, merged.leaves, base if base is not None else next(iter(named.values())))
-        layers = diagnostics.describe(seen)
+    experts = experts if isinstance(experts, Stacked) else _named(experts)
+    with _precision([base, experts.params if isinstance(experts, Stacked) else experts]):
+        seen = _placed(updates.read(base, experts), platform)
+        options = registry.resolve(chosen, options, seen.names)
+        merged = _apply(chosen, seen, calibration, options)
+        params = _finish(seen, merged.leaves, base if base is not None else _first(experts))
+        layers = {label: dict(facts) for label, facts in _DIAGNOSES[diagnose](seen, merged.leaves).items()}
     for label, facts in merged.layers.items():
-        layers[label] |= facts
-    options = {**options, **merged.options}
-    return Merge(params, {"method": method, "options": options, "experts": list(named), "layers": layers})
+        layers[label] = layers.get(label, {}) | dict(facts)
+    report = {
+        "method": method,
+        "options": {**options, **merged.options},
+        "experts": list(seen.names),
+        "layers": layers if updates.is_traced(layers) else diagnostics.plain(layers),
+        "exceptions": dict(merged.exceptions),
+    }
+    return Merge(params, report)
+
+
+_DIAGNOSES = {"nothing": lambda seen, merged: {}, "brief": diagnostics.brief, "full": diagnostics.full}
+
+
+def _apply(chosen: Method, seen: Updates, calibration: Calibration | None, options: Mapping[str, Any]) -> Merged:
+    """Calls the method: once, or once for each group of tensors with options of their own."""
+    if "base" in chosen.needs and not seen.has_base:
+        raise InputError(f"merge method {chosen.name!r} measures updates from a base: give what the experts started "
+                         "from")
+    if "calibration" in chosen.needs and calibration is None:
+        raise InputError(f"merge method {chosen.name!r} needs calibration data; give it, or choose a method that needs "
+                         "none")
+    extra = {"calibration": calibration} if chosen.takes_calibration else {}
+    varying = [option for option, value in options.items() if settings.differs(value)]
+    if not varying:
+        return chosen.function(seen, **extra, **options)
+    groups = settings.by_tensor(seen.layout, options)
+    if calibration is not None or any(chosen.scope_at(plain) == "model" for _, plain in groups):
+        raise InputError(f"merge method {chosen.name!r} merges all tensors together, so {varying[0]} cannot differ "
+                         "from tensor to tensor; give one value")
+    leaves: dict[int, Any] = {}
+    layers: dict[str, dict] = {}
+    exceptions: dict[str, str] = {}
+    for indices, plain in groups:
+        part = seen.subset(indices)
+        merged = chosen.function(part, **extra, **plain)
+        leaves |= dict(zip(sorted(indices, key=lambda i: seen.layout.paths[i]), merged.leaves))
+        layers |= merged.layers
+        exceptions |= merged.exceptions
+    return Merged([leaves[i] for i in range(len(seen.layout.paths))], layers, {}, exceptions)
 
 
 def _named(experts: Mapping[str, PyTree] | Sequence[PyTree]) -> dict[str, PyTree]:
@@ -84,18 +130,45 @@ def _named(experts: Mapping[str, PyTree] | Sequence[PyTree]) -> dict[str, PyTree
     raise InputError(f"experts are a {type(experts).__name__}; give a mapping from names to pytrees, or a sequence")
 
 
+def _first(experts: Mapping[str, PyTree] | Stacked) -> PyTree:
+    return experts.params if isinstance(experts, Stacked) else next(iter(experts.values()))
+
+
 def _precision(trees: Sequence[PyTree]) -> contextlib.AbstractContextManager:
     """Float64 arithmetic where some leaf is float64; JAX would otherwise round it to float32."""
     wide = any(getattr(leaf, "dtype", None) == np.float64 for leaf in jax.tree.leaves(list(trees)))
     return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
 
-def _finish(seen: updates.Updates, merged: list[jax.Array], target: PyTree) -> PyTree:
+def _placed(seen: Updates, platform: str | None) -> Updates:
+    """The experts on the platform asked for; traced ones stay where their program runs."""
+    if platform is None or updates.is_traced(seen):
+        return seen
+    try:
+        return jax.device_put(seen, jax.devices(platform)[0])
+    except RuntimeError as error:
+        raise InputError(f"platform {platform!r} is not here ({', '.join(_platforms())} is): leave it out") from error
+
+
+def _platforms() -> list[str]:
+    return sorted({device.platform for device in jax.devices()})
+
+
+def _finish(seen: Updates, merged: list[jax.Array], target: PyTree) -> PyTree:
     """Base + merged update, each leaf in the dtype and kind (NumPy or JAX) of the target's."""
-    leaves = []
-    for path, base, update, like in zip(seen.layout.paths, seen.base, merged, jax.tree.leaves(target)):
-        leaf = (base + update).astype(like.dtype)
-        if not bool(jnp.isfinite(leaf).all()):
-            raise InputError(f"the merged leaf {path!r} overflows {leaf.dtype}; use a smaller scale or a wider dtype")
-        leaves.append(np.asarray(leaf) if isinstance(like, np.ndarray) else leaf)
+    targets = jax.tree.leaves(target)
+    leaves, fine = _summed(seen, merged, tuple(np.dtype(like.dtype) for like in targets))
+    if not updates.is_traced(leaves):
+        for path, leaf, ok in zip(seen.layout.paths, leaves, jax.device_get(fine)):
+            if not ok:
+                raise InputError(f"the merged leaf {path!r} overflows {leaf.dtype}; use a smaller scale or a wider "
+                                 "dtype")
+    leaves = [np.asarray(leaf) if isinstance(like, np.ndarray) else leaf for leaf, like in zip(leaves, targets)]
     return jax.tree_util.tree_unflatten(seen.layout.treedef, leaves)
+
+
+@partial(jax.jit, static_argnums=2)
+def _summed(seen: Updates, merged: list[jax.Array], dtypes: tuple[Any, ...]) -> tuple[list[jax.Array], list[jax.Array]]:
+    bases = [0] * len(merged) if seen.base is None else seen.base_leaves
+    leaves = [(base + update).astype(dtype) for base, update, dtype in zip(bases, merged, dtypes)]
+    return leaves, [updates.finite(leaf) for leaf in leaves]

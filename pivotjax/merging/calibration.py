@@ -191,7 +191,7 @@ def own_grams(calibration: Calibration, updates: Updates) -> dict[str, Array]:
     """
     given = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(calibration.grams(updates.experts()))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(calibration.grams(updates.tree(_weights(updates))))
     }
     grams = {}
     for layer in updates.layout.layers:
@@ -202,6 +202,11 @@ def own_grams(calibration: Calibration, updates: Updates) -> dict[str, Array]:
     return grams
 
 
+@jax.jit
+def _weights(updates: Updates) -> list[Array]:
+    return updates.weights
+
+
 def checked_gram(given: Array, layer: Layer, leading: tuple[int, ...], updates: Updates) -> Array:
     """One Gram matrix or cross moment `[*leading, d_in + 1, d_in + 1]` -> `[K, n, d_in (+1), d_in (+1)]`, checked."""
     expected = (*leading, layer.d_in + 1, layer.d_in + 1)
@@ -209,7 +214,7 @@ def checked_gram(given: Array, layer: Layer, leading: tuple[int, ...], updates: 
         raise InputError(f"calibration: the Gram matrix of layer {layer.name!r} has shape {list(given.shape)}, not "
                          f"{list(expected)} (the input of 1 comes last)")
     size = layer.matrix_shape[1]
-    dtype = updates.stacked[layer.weight].dtype
+    dtype = updates.dtype
     matrix = jnp.asarray(given, dtype).reshape(leading[0], layer.count, *expected[-2:])[..., :size, :size]
     if not bool(jnp.isfinite(matrix).all()):
         raise InputError(f"calibration: the Gram matrix of layer {layer.name!r} is not finite; check the features")

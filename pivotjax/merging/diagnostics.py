@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from pivotjax.merging.spectral import matmul
 from pivotjax.merging.updates import Updates, batched
@@ -11,40 +11,55 @@ from pivotjax.merging.updates import Updates, batched
 _DIRECTIONS = 64  # so many leading directions go into a report
 
 
-def describe(updates: Updates) -> dict[str, dict]:
+def brief(updates: Updates, merged: list[jax.Array]) -> dict[str, dict]:
     """How long the updates are and how they lie to each other.
+
+    Args:
+        updates: the experts.
+        merged: the merged update, a leaf each.
 
     Returns:
         `{layer: {"update_norms": {expert: Frobenius norm}, "cosines": [K][K]}}`; a scanned stack has one entry a layer,
         `name[i]`. Without a base the updates are the weights.
     """
-    inner = _inner_products(updates.layers)
+    inner = _inner_products(updates)
     report = {}
     for layer in updates.layout.layers:
-        for label, products in zip(layer.labels(), np.asarray(inner[layer.name], np.float64)):
-            norms = np.sqrt(np.diag(products))
-            cosines = products / np.maximum(np.outer(norms, norms), np.finfo(np.float32).tiny)
-            report[label] = {
-                "update_norms": by_expert(updates, norms),
-                "cosines": [[float(c) for c in row] for row in cosines],
-            }
+        for i, label in enumerate(layer.labels()):
+            products = inner[layer.name][i]
+            norms = jnp.sqrt(jnp.diagonal(products))
+            cosines = products / jnp.maximum(norms[:, None] * norms, jnp.finfo(jnp.float32).tiny)
+            report[label] = {"update_norms": by_expert(updates, norms), "cosines": cosines}
     return report
 
 
+def full(updates: Updates, merged: list[jax.Array]) -> dict[str, dict]:
+    return brief(updates, merged)
+
+
 @jax.jit
-def _inner_products(layers: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """`{layer: [K, n, d_out, d_in]}` -> `{layer: [n, K, K]}`."""
+def _inner_products(updates: Updates) -> dict[str, jax.Array]:
+    """`{layer: [n, K, K]}`."""
 
     def inner(update: jax.Array) -> jax.Array:
         flat = update.reshape(*update.shape[:2], -1).swapaxes(0, 1)
         return matmul(flat, flat.swapaxes(1, 2))
 
-    return batched(inner, layers)
+    return batched(inner, updates.layers)
 
 
-def by_expert(updates: Updates, values: np.ndarray) -> dict[str, float]:
+def plain(report: Mapping[str, Mapping]) -> dict[str, dict]:
+    """Arrays and scalars of JAX as lists and numbers, for JSON; consensus of the kept directions alone."""
+    host = jax.tree.map(lambda leaf: leaf.tolist() if hasattr(leaf, "tolist") else leaf, jax.device_get(dict(report)))
+    for facts in host.values():
+        if "consensus" in facts:
+            facts["consensus"] = facts["consensus"][: facts["rank"]]
+    return host
+
+
+def by_expert(updates: Updates, values: jax.Array) -> dict[str, jax.Array]:
     """`[K]` values -> `{expert: value}`."""
-    return {name: float(value) for name, value in zip(updates.names, values)}
+    return dict(zip(updates.names, values))
 
 
 def shared_space(updates: Updates, facts: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, dict]:
@@ -62,18 +77,18 @@ def shared_space(updates: Updates, facts: Mapping[str, Mapping[str, jax.Array]])
     """
     report = {}
     for layer in updates.layout.layers:
-        host = {name: np.asarray(value, np.float64) for name, value in facts[layer.name].items()}
+        found = facts[layer.name]
         for i, label in enumerate(layer.labels()):
-            rank = int(host["kept"][i].sum())
-            total = max(host["spectrum"][i].sum(), np.finfo(np.float32).tiny)
+            spectrum, kept = found["spectrum"][i], found["kept"][i]
+            total = jnp.maximum(spectrum.sum(), jnp.finfo(jnp.float32).tiny)
             report[label] = {
-                "rank": rank,
-                "spectrum": [float(v) for v in host["spectrum"][i][:_DIRECTIONS] / total],
-                "consensus": [float(v) for v in host["consensus"][i][: min(rank, _DIRECTIONS)]],
-                "energy_kept": float(host["energy"][i].mean()),
-                "energy_kept_by_expert": by_expert(updates, host["energy"][i]),
-                "weights": by_expert(updates, host["weights"][i]),
-                "scores": by_expert(updates, host["scores"][i]),
-                "rescale": float(host["factor"][i]),
+                "rank": kept.sum(),
+                "spectrum": spectrum[:_DIRECTIONS] / total,
+                "consensus": jnp.where(kept, found["consensus"][i], 0)[:_DIRECTIONS],
+                "energy_kept": found["energy"][i].mean(),
+                "energy_kept_by_expert": by_expert(updates, found["energy"][i]),
+                "weights": by_expert(updates, found["weights"][i]),
+                "scores": by_expert(updates, found["scores"][i]),
+                "rescale": found["factor"][i],
             }
     return report

@@ -108,6 +108,7 @@ class _Knobs:
         "homogeneous": {},
         "average": {"gram": "none", "energy": 1.0, "conflict": False, "rescale": "none"},
         "single": {},
+        "zero": {},
     },
 )
 def pivot(
@@ -173,20 +174,29 @@ def pivot(
     )  # fmt: skip
     gains = _loss_gains(updates, calibration) if scores == "loss_gain" else _no_gains(updates)
     if gram == "none":
-        merged = _merge_free(updates.layers, gains, knobs)
+        merged = _merge_free(_layers(updates), gains, knobs)
     elif gram == "merged":
         merged = _merge_in_order(updates, calibration, gains, knobs)
     else:
-        grams = own_grams(calibration, updates) if gram == "own" else _guessed_grams(updates.layers)
-        merged = _merge_own(updates.layers, grams, gains, knobs)
+        grams = own_grams(calibration, updates) if gram == "own" else _guessed_grams(_layers(updates))
+        merged = _merge_own(_layers(updates), grams, gains, knobs)
     matrices = {name: result.pop("merged") for name, result in merged.items()}
-    leaves = leaves_from(updates.layout, matrices, updates.others_mean())
-    leaves = [scale * leaf for leaf in leaves]
+    leaves = [scale * leaf for leaf in _leaves(updates, matrices)]
     return Merged(leaves, diagnostics.shared_space(updates, merged), {"gram": gram, "rho": rho})
 
 
 Layers = dict[str, Array]  # [K, n, ...] a layer
 Facts = dict[str, Array]  # [n, ...] each
+
+
+@jax.jit
+def _layers(updates: Updates) -> Layers:
+    return updates.layers
+
+
+@jax.jit
+def _leaves(updates: Updates, matrices: dict[str, Array]) -> list[Array]:
+    return leaves_from(updates.layout, matrices, updates.others_mean())
 
 
 @jax.jit
@@ -259,13 +269,13 @@ def _merge_in_order(
             raise InputError(f"pivot with gram='merged' merges layer after layer, but {layer.name!r} is a stack of "
                              f"{layer.count}: use gram='own'")
     grams, base = own_grams(calibration, updates), updates.base_layers
-    experts, results = updates.experts(), {}
+    experts, layers, results = updates.tree(updates.weights), _layers(updates), {}
     for layer in updates.layout.layers:
         name = layer.name
         student = _student(updates, results)
         pair = calibration.cross_grams(experts, student, name)
         h, s = (checked_gram(moment, layer, (len(updates.names),), updates) for moment in pair)
-        results[name] = _merge_student(updates.layers[name], base[name], grams[name], h, s, gains[name], knobs)
+        results[name] = _merge_student(layers[name], base[name], grams[name], h, s, gains[name], knobs)
     return results
 
 
@@ -273,8 +283,7 @@ def _student(updates: Updates, results: dict[str, Facts]):
     """The projector merged so far: layers not merged yet are the base's."""
     merged = {name: results[name]["merged"] if name in results else jnp.zeros_like(base)
               for name, base in updates.base_layers.items()}
-    leaves = leaves_from(updates.layout, merged, updates.others_mean())
-    return updates.tree(leaves)
+    return updates.parameters(_leaves(updates, merged))
 
 
 def _filter_in_metric(
@@ -345,18 +354,19 @@ def _rescaled(mean: Array, update: Array, knobs: _Knobs) -> tuple[Array, Array]:
 
 def _loss_gains(updates: Updates, calibration: Calibration) -> dict[str, Array]:
     """`{layer: [K, n]}`: caption loss of the plain average minus that with one layer replaced by expert k's."""
-    mean, others = {name: matrix.mean(0) for name, matrix in updates.layers.items()}, updates.others_mean()
-    candidates = [leaves_from(updates.layout, mean, others)]
-    for name, matrix in updates.layers.items():
+    layers = _layers(updates)
+    mean = {name: matrix.mean(0) for name, matrix in layers.items()}
+    candidates = [_leaves(updates, mean)]
+    for name, matrix in layers.items():
         for k in range(matrix.shape[0]):
             for i in range(matrix.shape[1]):
                 swapped = mean | {name: mean[name].at[i].set(matrix[k, i])}
-                candidates.append(leaves_from(updates.layout, swapped, others))
-    losses = calibration.loss(jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(updates.tree, candidates)))
+                candidates.append(_leaves(updates, swapped))
+    losses = calibration.loss(jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(updates.parameters, candidates)))
     if losses.shape != (len(candidates),) or not bool(jnp.isfinite(losses).all()):
         raise InputError(f"calibration: caption losses of {len(candidates)} projectors must be as many finite numbers")
     gains, start = {}, 1
-    for name, matrix in updates.layers.items():
+    for name, matrix in layers.items():
         count = matrix.shape[0] * matrix.shape[1]
         gains[name] = (losses[0] - losses[start : start + count]).reshape(matrix.shape[:2]).astype(matrix.dtype)
         start += count
@@ -364,7 +374,7 @@ def _loss_gains(updates: Updates, calibration: Calibration) -> dict[str, Array]:
 
 
 def _no_gains(updates: Updates) -> dict[str, Array]:
-    return {name: jnp.zeros(matrix.shape[:2], matrix.dtype) for name, matrix in updates.layers.items()}
+    return {name: jnp.zeros(matrix.shape[:2], matrix.dtype) for name, matrix in _layers(updates).items()}
 
 
 def _weighted(alpha: Array, stacked: Array) -> Array:

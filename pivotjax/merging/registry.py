@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 
 from pivotjax.errors import InputError
+from pivotjax.merging import settings
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,20 @@ class Merged(NamedTuple):
     """What a method returns.
 
     `leaves`: the merged *update*, one array a leaf in the layout's order (the caller adds the base);
-    `layers`: what it has to report, `{layer label: {...}}`, JSON-able; `options`: those it chose itself.
+    `layers`: what it has to report, `{layer label: {...}}`, numbers, words and arrays (traced ones too: nothing that
+    is reported may force a value); `options`: those it chose itself; `exceptions`: leaves to which its formula does not
+    apply, and what was done instead, `{leaf path: sentence}`.
     """
 
     leaves: list[jax.Array]
-    layers: dict[str, dict]
+    layers: Mapping[str, dict] = MappingProxyType({})
     options: Mapping[str, Any] = MappingProxyType({})
+    exceptions: Mapping[str, str] = MappingProxyType({})
+
+
+Need = Literal["base", "calibration", "randomness"]
+# What must be in memory together: one tensor; a layer's weight and bias; everything.
+Scope = Literal["tensor", "layer", "model"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,8 @@ class Method:
     name: str
     family: str
     source: str
-    needs: tuple[Literal["base", "calibration"], ...]
+    needs: tuple[Need, ...]
+    scope: Scope | Callable[[Mapping[str, Any]], Scope]
     laws: Mapping[str, Mapping[str, Any]]  # law -> the options at which it holds
     function: Callable[..., Merged]
     options: Mapping[str, Any]  # option -> default
@@ -74,6 +84,10 @@ class Method:
     @property
     def takes_calibration(self) -> bool:
         return "calibration" in inspect.signature(self.function).parameters
+
+    def scope_at(self, options: Mapping[str, Any]) -> Scope:
+        """What the method must see together at these (resolved) options."""
+        return self.scope if isinstance(self.scope, str) else self.scope(options)
 
     @property
     def summary(self) -> str:
@@ -88,6 +102,8 @@ LAWS = {
     "homogeneous": "a common rescaling of all updates rescales the merged update",
     "average": "equals the plain average",
     "single": "one expert alone is returned",
+    "zero": "experts equal to the base give the base",
+    "idle": "an expert equal to the base changes nothing",
 }
 
 
@@ -96,7 +112,8 @@ def method(
     *,
     family: str,
     source: str,
-    needs: tuple[Literal["base", "calibration"], ...] = (),
+    needs: tuple[Need, ...] = (),
+    scope: Scope | Callable[[Mapping[str, Any]], Scope] = "layer",
     laws: Mapping[str, Mapping[str, Any]],
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
     """Registers a merge method.
@@ -106,6 +123,9 @@ def method(
         family: the kind of method, for the listing.
         source: where its definition comes from: paper and formula, or [ours].
         needs: what must be given at any options; a method that needs more at some options checks that itself.
+            `randomness`: it draws numbers, keyed to its option `seed`, the expert's name and the leaf's path.
+        scope: `tensor`: each leaf is merged alone; `layer`: a weight with its bias; `model`: all leaves together
+            (then it cannot be streamed, nor have options that differ a tensor); or a function of the options.
         laws: which of `LAWS` hold, each with the options at which it does ({}: the defaults).
     """
 
@@ -114,7 +134,7 @@ def method(
         options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "calibration"}
         hints = typing.get_type_hints(function, include_extras=True)
         types = {option: hints[option] for option in options}
-        METHODS[name] = Method(name, family, source, needs, dict(laws), function, options, types)
+        METHODS[name] = Method(name, family, source, needs, scope, dict(laws), function, options, types)
         return function
 
     return register
@@ -167,6 +187,7 @@ def describe() -> list[dict[str, Any]]:
             "summary": m.summary,
             "source": m.source,
             "needs": list(m.needs),
+            "scope": m.scope_at(m.options),
             "options": {o: {"default": d, "allowed": _spell(m.types[o])} for o, d in m.options.items()},
             "laws": {law: dict(options) for law, options in m.laws.items()},
         }
@@ -187,6 +208,13 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 def _mismatch(value: Any, annotation: Any, experts: Sequence[str]) -> str | None:
     """Why `value` is not one of the annotation's alternatives (the one it was meant for); None where it is."""
+    if isinstance(value, list):  # differs a tensor: every value that it can take is checked
+        problems = (settings.problem(value), *(_mismatch(v, annotation, experts) for v in settings.values(value)))
+        return next(filter(None, problems), None)
+    if isinstance(value, Mapping) and any(isinstance(v, list) for v in value.values()):
+        return next(filter(None, (_mismatch(dict(value) | {name: inner}, annotation, experts)
+                                  for name, setting in value.items() if isinstance(setting, list)
+                                  for inner in settings.values(setting))), None)
     alternatives = _alternatives(annotation)
     problems = [_mismatch_one(value, alternative, experts) for alternative in alternatives]
     meant = alternatives.index(ExpertValues) if isinstance(value, Mapping) and ExpertValues in alternatives else 0

@@ -69,6 +69,11 @@ class Layout:
         owned = {index for layer in self.layers for index in (layer.weight, layer.bias)}
         return tuple(i for i in range(len(self.paths)) if i not in owned)
 
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Indices of the layers' weights (kernels)."""
+        return tuple(layer.weight for layer in self.layers)
+
     def layer(self, name: str) -> Layer:
         return next(layer for layer in self.layers if layer.name == name)
 
@@ -109,84 +114,131 @@ def _natural(name: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("base", "experts"), meta_fields=("names", "layout"))
 @dataclass(frozen=True)
 class Updates:
-    """What a merge method sees: K experts' updates from one base, in float32 (float64 where the input is).
+    """What a merge method sees: K experts and the base that their updates are measured from.
 
-    `base` and `stacked` follow the layout's leaves; `stacked[i]` is `[K, ...]`. Without a base (`has_base` False) the
-    base is zeros and the updates are the experts' weights.
+    A pytree: hand it to a jitted kernel and read its properties *there*, so that XLA fuses subtraction, stacking and
+    the method's own arithmetic and no copy of the experts is made. All properties are float32 (float64 where the
+    input is).
+
+    `base` has the layout's leaves (None: updates are the weights themselves); `experts` has, a leaf, K arrays or one
+    array `[K, ...]` that was stacked already. Both keep the dtypes they came in.
     """
 
     names: tuple[str, ...]
     layout: Layout
-    base: list[Array]
-    stacked: list[Array]
-    has_base: bool
+    base: tuple[Array, ...] | None
+    experts: tuple[tuple[Array, ...] | Array, ...]
+
+    @property
+    def has_base(self) -> bool:
+        """Whether updates are measured from a base."""
+        return self.base is not None
+
+    @property
+    def dtype(self) -> Any:
+        """In which sums are made: float64 where some leaf is, else float32."""
+        wide = any(np.dtype(leaf.dtype) == np.float64 for leaf in jax.tree.leaves((self.base, self.experts)))
+        return jnp.float64 if wide else jnp.float32
+
+    @property
+    def weights(self) -> list[Array]:
+        """The experts' parameters: one `[K, ...]` a leaf."""
+        return [_stack(leaf, self.dtype) for leaf in self.experts]
+
+    @property
+    def base_leaves(self) -> list[Array]:
+        """The base's parameters, zeros without one."""
+        if self.base is None:
+            return [jnp.zeros(shape, self.dtype) for shape in self.layout.shapes]
+        return [leaf.astype(self.dtype) for leaf in self.base]
+
+    @property
+    def stacked(self) -> list[Array]:
+        """The updates `D_k = W_k - W0`: one `[K, ...]` a leaf."""
+        return self.weights if self.base is None else [w - b for w, b in zip(self.weights, self.base_leaves)]
 
     @property
     def layers(self) -> dict[str, Array]:
-        """`{layer: [K, n, d_out, d_in (+1)]}`."""
+        """Updates of the layers, the bias joined: `{layer: [K, n, d_out, d_in (+1)]}`."""
         return _matrices(self.layout, self.stacked)
+
+    @property
+    def kernels(self) -> dict[str, Array]:
+        """Updates of the layers' weights alone: `{layer: [K, n, d_out, d_in]}`."""
+        return _matrices(self.layout, self.stacked, with_bias=False)
 
     @property
     def base_layers(self) -> dict[str, Array]:
         """`{layer: [n, d_out, d_in (+1)]}` of the base."""
-        return _base_matrices(self.layout, self.base)
+        return {name: m[0] for name, m in _matrices(self.layout, [leaf[None] for leaf in self.base_leaves]).items()}
 
-    def experts(self) -> PyTree:
-        """The experts' parameters, stacked: leaves `[K, ...]`."""
-        return self.tree(self.stacked)
+    def tree(self, leaves: Sequence[Array]) -> PyTree:
+        """A pytree of the experts' structure with other leaves."""
+        return jax.tree_util.tree_unflatten(self.layout.treedef, list(leaves))
 
-    def tree(self, update: list[Array]) -> PyTree:
+    def parameters(self, update: Sequence[Array]) -> PyTree:
         """Base + update as a pytree of parameters."""
-        return jax.tree_util.tree_unflatten(self.layout.treedef, _add(self.base, update))
+        return self.tree(_add(self, list(update)))
 
     def others_mean(self) -> dict[int, Array]:
         """Mean updates of the leaves that belong to no layer: what methods on matrices do with them."""
-        return {i: self.stacked[i].mean(0) for i in self.layout.others}
+        return {i: leaf.mean(0) for i, leaf in enumerate(self.stacked) if i in self.layout.others}
+
+    def vectors_mean(self) -> dict[int, Array]:
+        """Mean updates of the leaves that are no layer's weight (biases too): for methods that work on `kernels`."""
+        return {i: leaf.mean(0) for i, leaf in enumerate(self.stacked) if i not in self.layout.weights}
+
+    def subset(self, leaves: Sequence[int]) -> "Updates":
+        """The same experts with some of their leaves only, as a flat dict by path."""
+        leaves = sorted(leaves, key=lambda i: self.layout.paths[i])
+        flat = {self.layout.paths[i]: jax.ShapeDtypeStruct(self.layout.shapes[i], self.layout.dtypes[i])
+                for i in leaves}
+        base = None if self.base is None else tuple(self.base[i] for i in leaves)
+        return Updates(self.names, layout_of(flat), base, tuple(self.experts[i] for i in leaves))
+
+
+def _stack(leaf: tuple[Array, ...] | Array, dtype: Any) -> Array:
+    return jnp.stack([one.astype(dtype) for one in leaf]) if isinstance(leaf, tuple) else leaf.astype(dtype)
 
 
 @jax.jit
-def _add(base: list[Array], update: list[Array]) -> list[Array]:
-    return [b + u for b, u in zip(base, update)]
+def _add(updates: Updates, update: list[Array]) -> list[Array]:
+    return [b + u for b, u in zip(updates.base_leaves, update)]
 
 
-@partial(jax.jit, static_argnums=0)
-def _matrices(layout: Layout, stacked: list[Array]) -> dict[str, Array]:
-    return {layer.name: _matrix(layer, stacked) for layer in layout.layers}
+def _matrices(layout: Layout, stacked: Sequence[Array], with_bias: bool = True) -> dict[str, Array]:
+    return {layer.name: _matrix(layer, stacked, with_bias) for layer in layout.layers}
 
 
-@partial(jax.jit, static_argnums=0)
-def _base_matrices(layout: Layout, base: list[Array]) -> dict[str, Array]:
-    return {layer.name: _matrix(layer, [leaf[None] for leaf in base])[0] for layer in layout.layers}
-
-
-def _matrix(layer: Layer, stacked: Sequence[Array]) -> Array:
+def _matrix(layer: Layer, stacked: Sequence[Array], with_bias: bool) -> Array:
     weight = stacked[layer.weight]
     weight = weight.swapaxes(-1, -2) if layer.transposed else weight
-    if layer.bias is not None:
+    if with_bias and layer.bias is not None:
         weight = jnp.concatenate([weight, stacked[layer.bias][..., None]], axis=-1)
-    return weight.reshape(weight.shape[0], layer.count, *layer.matrix_shape)
+    return weight.reshape(weight.shape[0], layer.count, *weight.shape[-2:])
 
 
-@partial(jax.jit, static_argnums=0)
 def leaves_from(layout: Layout, matrices: Mapping[str, Array], others: Mapping[int, Array]) -> list[Array]:
-    """The inverse of `Updates.layers` for one merged update.
+    """The inverse of `Updates.layers` (or of `Updates.kernels`) for one merged update; for use under `jax.jit`.
 
     Args:
         layout: of the pytree.
         matrices: `{layer: [n, d_out, d_in (+1)]}` for every layer.
-        others: `{leaf index: array}` for the leaves of no layer.
+        others: `{leaf index: array}` for the leaves that the matrices do not hold.
 
     Returns:
         One array a leaf, in the layout's order and shapes.
     """
     leaves = dict(others)
     for layer in layout.layers:
-        matrix = matrices[layer.name].reshape(*layer.lead, *layer.matrix_shape)
+        matrix = matrices[layer.name]
+        matrix = matrix.reshape(*layer.lead, *matrix.shape[-2:])
         weight = matrix[..., : layer.d_in]
         leaves[layer.weight] = weight.swapaxes(-1, -2) if layer.transposed else weight
-        if layer.bias is not None:
+        if layer.bias is not None and matrix.shape[-1] > layer.d_in:
             leaves[layer.bias] = matrix[..., -1]
     return [leaves[i] for i in range(len(layout.paths))]
 
@@ -214,31 +266,61 @@ def batched(function: Callable[..., PyTree], *layers: Mapping[str, Array]) -> di
     return results
 
 
-def read(base: PyTree | None, experts: Mapping[str, PyTree]) -> Updates:
-    """Checks the parameters and stacks their updates.
+@dataclass(frozen=True)
+class Stacked:
+    """Experts in one pytree whose leaves carry a leading `expert` axis, as a training program holds them."""
+
+    params: PyTree
+    names: Sequence[str] | None = None
+
+
+def read(base: PyTree | None, experts: Mapping[str, PyTree] | Stacked) -> Updates:
+    """Checks the parameters and makes them what methods see. Under a trace values cannot be looked at: shapes only.
 
     Args:
-        base: the pytree that updates are measured from; None: zeros, the updates are the weights themselves.
-        experts: `{name: pytree}` of floating-point arrays, all with the base's structure and shapes.
+        base: the pytree that updates are measured from; None: the updates are the weights themselves.
+        experts: `{name: pytree}` of floating-point arrays, all with the base's structure and shapes; or `Stacked`.
 
     Raises:
         InputError: no expert; a structure or shape that differs; a leaf that is not finite or not floating point.
     """
-    if not experts:
+    if isinstance(experts, Stacked):
+        seen = _read_stacked(base, experts)
+    elif not experts:
         raise InputError("nothing to merge: give at least one expert")
-    named = ({"the base": base} if base is not None else {}) | {f"expert {name!r}": t for name, t in experts.items()}
-    layout = _common_layout(named)
-    stacks = [_accumulate(leaves) for leaves in zip(*(jax.tree.leaves(tree) for tree in named.values()))]
-    _check_finite(layout, list(named), stacks)
-    if base is None:
-        return Updates(tuple(experts), layout, [jnp.zeros_like(stack[0]) for stack in stacks], stacks, False)
-    base_leaves, stacked = _split_base(stacks)
-    return Updates(tuple(experts), layout, base_leaves, stacked, True)
+    else:
+        named = ({"the base": base} if base is not None else {}) | {f"expert {n!r}": t for n, t in experts.items()}
+        layout = _common_layout(named)
+        columns = [tuple(map(_array, jax.tree.leaves(tree))) for tree in experts.values()]
+        seen = Updates(tuple(experts), layout, _base(base), tuple(zip(*columns)))
+    if not is_traced(seen):
+        _check_finite(seen)
+    return seen
 
 
-@jax.jit
-def _split_base(stacks: list[Array]) -> tuple[list[Array], list[Array]]:
-    return [stack[0] for stack in stacks], [stack[1:] - stack[0] for stack in stacks]
+def _read_stacked(base: PyTree | None, experts: Stacked) -> Updates:
+    leaves = jax.tree.leaves(experts.params)
+    count = leaves[0].shape[0] if leaves and leaves[0].ndim else 0
+    names = tuple(experts.names) if experts.names is not None else tuple(f"expert_{i}" for i in range(count))
+    if not count or len(names) != count or any(leaf.ndim == 0 or leaf.shape[0] != count for leaf in leaves):
+        raise InputError(f"stacked experts: every leaf needs a leading axis of {len(names)} experts")
+    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), experts.params)
+    named = ({"the base": base} if base is not None else {}) | {"the stack of experts": first}
+    return Updates(names, _common_layout(named), _base(base), tuple(map(_array, leaves)))
+
+
+def _base(base: PyTree | None) -> tuple[Array, ...] | None:
+    return None if base is None else tuple(map(_array, jax.tree.leaves(base)))
+
+
+def _array(leaf: Any) -> Array:
+    """The leaf as a JAX array in its own dtype."""
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether some leaf is known by shape and dtype only, inside `jax.jit` and its kin."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _common_layout(named: Mapping[str, PyTree]) -> Layout:
@@ -267,19 +349,29 @@ def _common_layout(named: Mapping[str, PyTree]) -> Layout:
     return reference
 
 
-def _accumulate(leaves: Sequence[Any]) -> Array:
-    """Stacks in float32, or in float64 where some leaf is: half precision never accumulates."""
-    dtype = jnp.float64 if any(np.dtype(leaf.dtype) == np.float64 for leaf in leaves) else jnp.float32
-    return jnp.stack([jnp.asarray(leaf, dtype) for leaf in leaves])
+def finite(leaf: Array) -> Array:
+    """Whether all entries are finite: a comparison of bits as integers, which XLA vectorises where it must not reorder
+    floating-point sums, in rows so that threads share the work."""
+    if leaf.dtype.itemsize < 4:
+        leaf = leaf.astype(jnp.float32)
+    size = 8 * leaf.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(leaf, f"int{size}") & jnp.array(2 ** (size - 1) - 1, f"int{size}")
+    largest = bits.reshape(leaf.shape[0], -1).max(-1, initial=0) if leaf.ndim > 1 else bits
+    return (largest < jax.lax.bitcast_convert_type(jnp.array(jnp.inf, leaf.dtype), f"int{size}")).all()
 
 
 @jax.jit
-def _finite(stacks: list[Array]) -> list[Array]:
-    return [jnp.isfinite(stack.reshape(stack.shape[0], -1)).all(-1) for stack in stacks]
+def _finite(leaves: list[Array]) -> list[Array]:
+    return [finite(leaf) for leaf in leaves]
 
 
-def _check_finite(layout: Layout, names: Sequence[str], stacks: list[Array]) -> None:
-    for path, finite in zip(layout.paths, jax.device_get(_finite(stacks))):
-        if not finite.all():
-            name = names[int(np.argmin(finite))]
+def _check_finite(updates: Updates) -> None:
+    paths = updates.layout.paths
+    leaves, labels = list(updates.base or ()), [("the base", path) for path in paths if updates.base is not None]
+    for path, leaf in zip(paths, updates.experts):
+        for k, name in enumerate(updates.names):
+            leaves.append(leaf[k])
+            labels.append((f"expert {name!r}", path))
+    for (name, path), fine in zip(labels, jax.device_get(_finite(leaves))):
+        if not fine:
             raise InputError(f"{name}, leaf {path!r} holds NaN or infinity; leave that expert out or train it again")

@@ -47,6 +47,21 @@ def matrices(params):
     }
 
 
+def flat(params):
+    """`{linear_0/weight: [d_out, d_in], linear_0/bias: [d_out]}` in float64."""
+    turned = {}
+    for name, p in params.items():
+        turned[f"{name}/weight"] = np.asarray(p["kernel"], np.float64).T
+        turned[f"{name}/bias"] = np.asarray(p["bias"], np.float64)
+    return turned
+
+
+def from_flat(leaves):
+    """The inverse of `flat`, in float64."""
+    names = dict.fromkeys(path.split("/")[0] for path in leaves)
+    return {n: {"kernel": leaves[f"{n}/weight"].T, "bias": leaves[f"{n}/bias"]} for n in names}
+
+
 def shifted(base, rng, spread):
     other = random_params(rng, _sizes(base), spread, base["linear_0"]["kernel"].dtype)
     return {n: {leaf: base[n][leaf] + other[n][leaf] for leaf in base[n]} for n in base}

@@ -4,11 +4,14 @@ Tolerances: float32 agrees with the reference within 2e-4 of the largest entry (
 metric is inverted); float64 input without calibration within 1e-9.
 """
 
+import importlib
+from pathlib import Path
+
 import jax
 import merging_reference as reference
 import numpy as np
 import pytest
-from small_world import make_world, matrices, numpy_inputs
+from small_world import flat, from_flat, make_world, matrices, numpy_inputs
 
 import pivotjax
 from pivotjax.merging.registry import LAWS, METHODS
@@ -18,6 +21,15 @@ CASES = [(name, calibrated) for name, m in METHODS.items() for calibrated in (Fa
 LAW_CASES = [(name, calibrated, law) for name, calibrated in CASES for law in LAWS]
 
 
+# Every file `reference_*.py` beside this one holds references of one family: `{method: function(base, experts,
+# **options)}` over flat float64 dicts `linear_0/weight` [d_out, d_in], `linear_0/bias`.
+REFERENCES = {
+    name: function
+    for file in sorted(Path(__file__).parent.glob("reference_*.py"))
+    for name, function in importlib.import_module(file.stem).REFERENCES.items()
+}
+
+
 def run(world, name, calibrated=False, **options):
     extra = {"calibration": world.calibration} if calibrated else {}
     return pivotjax.merge(world.base, world.experts, name, **extra, **options)
@@ -25,6 +37,10 @@ def run(world, name, calibrated=False, **options):
 
 def expected(world, name, calibrated=False, **options):
     """The merged `{layer: [W | b]}` by the reference, layer after layer."""
+    if name in REFERENCES:
+        extra = {"world": world} if calibrated else {}
+        experts = {k: flat(e) for k, e in world.experts.items()}
+        return matrices(from_flat(REFERENCES[name](flat(world.base), experts, **extra, **options)))
     base, experts = matrices(world.base), [matrices(e) for e in world.experts.values()]
     own = [numpy_inputs(e, x.astype(np.float64)) for e, x in zip(experts, world.features)]
     merged = {}
@@ -94,6 +110,10 @@ def law_world(law):
         return world
     if law == "single":
         return make_world(count=1)
+    if law == "zero":
+        world = make_world()
+        world.experts = dict.fromkeys(world.experts, world.base)
+        return world
     # A layer's inputs must not depend on the updates for a rescaling to pass through: one layer.
     return make_world(sizes=(7, 6)) if law == "homogeneous" else make_world()
 
@@ -118,6 +138,16 @@ def check_homogeneous(world, method):
         world.experts[name] = jax.tree.map(lambda b, e: b + 3 * (e - b), world.base, expert)
     base = matrices(world.base)
     assert_close(method(world), {n: base[n] + 3 * (m - base[n]) for n, m in matrices(here).items()}, 1e-4)
+
+
+def check_zero(world, method):
+    assert_close(method(world), matrices(world.base), 1e-6)
+
+
+def check_idle(world, method):
+    here = method(world)
+    world.experts = world.experts | {"idle": world.base}
+    assert_close(method(world), matrices(here), 1e-5)
 
 
 def check_average(world, method):

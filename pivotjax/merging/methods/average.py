@@ -11,7 +11,8 @@ from pivotjax.merging.updates import Updates
     "average",
     family="elementwise",
     source="W = sum_k w_k W_k, weights summing to 1 (model soups, arXiv 2203.05482; mergekit: linear)",
-    laws={"identical": {}, "order": {}, "homogeneous": {}, "average": {}, "single": {}},
+    scope="tensor",
+    laws={"identical": {}, "order": {}, "homogeneous": {}, "average": {}, "single": {}, "zero": {}},
 )
 def average(updates: Updates, *, weights: ExpertValues | None = None) -> Merged:
     """Mean of the experts' weights.
@@ -20,7 +21,7 @@ def average(updates: Updates, *, weights: ExpertValues | None = None) -> Merged:
         updates: K experts; no base is needed.
         weights: each expert's share by name, divided by their sum; None: equal shares.
     """
-    return Merged(weighted_sum(updates.stacked, expert_weights(updates, weights, normalize=True)), {})
+    return Merged(weighted_sum(updates, expert_weights(updates, weights, normalize=True)))
 
 
 def expert_weights(updates: Updates, weights: ExpertValues | None, normalize: bool) -> jax.Array:
@@ -30,6 +31,7 @@ def expert_weights(updates: Updates, weights: ExpertValues | None, normalize: bo
 
 
 @jax.jit
-def weighted_sum(stacked: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
-    """`sum_k weights[k] leaf[k]` for every leaf `[K, ...]`."""
-    return [jnp.tensordot(weights, leaf, axes=1, precision="highest") for leaf in stacked]
+def weighted_sum(updates: Updates, weights: jax.Array) -> list[jax.Array]:
+    """`sum_k weights[k] D_k` for every leaf."""
+    # A sum of products, not a matrix product: XLA then reads each expert once and stacks nothing.
+    return [sum(w * d for w, d in zip(weights.astype(leaf.dtype), leaf)) for leaf in updates.stacked]

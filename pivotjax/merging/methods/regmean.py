@@ -16,7 +16,7 @@ from pivotjax.merging.updates import Array, Updates, batched, leaves_from
     family="least squares",
     source="W = (sum_k W_k G_k) (sum_k G_k)^-1, G_k = X_k'X_k with off-diagonal x rho (arXiv 2212.09849)",
     needs=("calibration",),
-    laws={"identical": {}, "order": {}, "homogeneous": {}, "single": {}},
+    laws={"identical": {}, "order": {}, "homogeneous": {}, "single": {}, "zero": {}},
 )
 def regmean(
     updates: Updates,
@@ -40,17 +40,16 @@ def regmean(
     if on == "weights" and scale != 1:
         raise InputError("regmean on weights cannot be scaled: choose on='updates', or leave scale at 1")
     grams = own_grams(calibration, updates)
-    matrices = _regmean(updates.layers, grams, rho, scale)
-    others = {i: scale * leaf for i, leaf in updates.others_mean().items()}
-    return Merged(leaves_from(updates.layout, matrices, others), {})
+    return Merged(_regmean(updates, grams, rho, scale))
 
 
 @jax.jit
-def _regmean(layers: dict[str, Array], grams: dict[str, Array], rho: float, scale: float) -> dict[str, Array]:
+def _regmean(updates: Updates, grams: dict[str, Array], rho: float, scale: float) -> list[Array]:
     def one(update: Array, gram: Array) -> Array:
         """`[K, n, d_out, d_in]`, `[K, n, d_in, d_in]` -> `[n, d_out, d_in]`."""
         shrunk = spectral.shrink(gram, rho)
         moment = spectral.matmul(update, shrunk).mean(0)
-        return scale * spectral.fit(moment, shrunk.mean(0), update.mean(0))
+        return spectral.fit(moment, shrunk.mean(0), update.mean(0))
 
-    return batched(one, layers, grams)
+    matrices = batched(one, updates.layers, grams)
+    return [scale * leaf for leaf in leaves_from(updates.layout, matrices, updates.others_mean())]

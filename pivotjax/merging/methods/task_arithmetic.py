@@ -10,12 +10,15 @@ from pivotjax.merging.updates import Updates
     family="elementwise",
     source="W = W0 + scale * sum_k w_k D_k (arXiv 2212.04089)",
     needs=("base",),
+    scope="tensor",
     laws={
         "identical": {"scale": 1.0, "normalize": True},
         "order": {},
         "homogeneous": {},
         "average": {"scale": 1.0, "normalize": True},
         "single": {"scale": 1.0},
+        "zero": {},
+        "idle": {},
     },
 )
 def task_arithmetic(
@@ -29,4 +32,4 @@ def task_arithmetic(
         weights: a factor for each expert by name; None: 1 each.
         normalize: divide the weights by their sum.
     """
-    return Merged(weighted_sum(updates.stacked, scale * expert_weights(updates, weights, normalize)), {})
+    return Merged(weighted_sum(updates, scale * expert_weights(updates, weights, normalize)))

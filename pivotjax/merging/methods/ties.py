@@ -15,11 +15,14 @@ from pivotjax.merging.updates import Updates
     family="elementwise",
     source="trim to the top share by magnitude, elect the sign of the sum, mean of agreeing entries (arXiv 2306.01708)",
     needs=("base",),
+    scope="tensor",
     laws={
         "identical": {"density": 1.0},
         "order": {},
         "homogeneous": {},
         "single": {"density": 1.0},
+        "zero": {},
+        "idle": {},
     },
 )
 def ties(
@@ -44,9 +47,9 @@ def ties(
         normalize: True: weighted mean of the agreeing entries; False: their weighted sum.
     """
     densities = [density[name] if isinstance(density, dict) else density for name in updates.names]
-    kept = [jnp.array([_kept(share, leaf[0].size) for share in densities]) for leaf in updates.stacked]
+    kept = [jnp.array([_kept(share, math.prod(shape)) for share in densities]) for shape in updates.layout.shapes]
     weight = expert_weights(updates, weights, normalize=False)
-    return Merged(_ties(updates.stacked, kept, weight, scale, normalize), {})
+    return Merged(_ties(updates, kept, weight, scale, normalize))
 
 
 def _kept(share: float, size: int) -> int:
@@ -54,8 +57,8 @@ def _kept(share: float, size: int) -> int:
 
 
 @jax.jit
-def _ties(stacked: list[jax.Array], kept: list[jax.Array], weight: jax.Array, scale: float, normalize: bool):
-    return [scale * _ties_leaf(leaf, keep, weight, normalize) for leaf, keep in zip(stacked, kept)]
+def _ties(updates: Updates, kept: list[jax.Array], weight: jax.Array, scale: float, normalize: bool):
+    return [scale * _ties_leaf(leaf, keep, weight, normalize) for leaf, keep in zip(updates.stacked, kept)]
 
 
 def _ties_leaf(leaf: jax.Array, kept: jax.Array, weight: jax.Array, normalize: bool) -> jax.Array:
