@@ -1,14 +1,21 @@
 """What a merge looks like from inside, a layer: numbers for people, JSON-able."""
 
 from collections.abc import Mapping
+from itertools import combinations
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pivotjax.merging.spectral import matmul
+from pivotjax.merging import spectral
+from pivotjax.merging.spectral import matmul, transpose
 from pivotjax.merging.updates import Updates, batched
 
 _DIRECTIONS = 64  # so many leading directions go into a report
+_EXACT = 1280  # up to this smaller side an eigenproblem is quicker than a range finder that would have to be accurate
+_ITERATIONS = 6  # of the range finder beyond it
+_ROWS = 64  # of a layer that the sign statistics take at once, so that they stay in the cache
 
 
 def brief(updates: Updates, merged: list[jax.Array]) -> dict[str, dict]:
@@ -34,7 +41,165 @@ def brief(updates: Updates, merged: list[jax.Array]) -> dict[str, dict]:
 
 
 def full(updates: Updates, merged: list[jax.Array]) -> dict[str, dict]:
-    return brief(updates, merged)
+    """Everything worth knowing of a layer's updates `D_k` and of their merged update `M`, whatever the method was.
+
+    `M` is measured as the method made it: with its scale, before it is rounded to the checkpoint's dtype. Quotients
+    whose denominator is 0 (an expert equal to the base) have a denominator of 1.
+
+    Args:
+        updates: K experts.
+        merged: the merged update, a leaf each.
+
+    Returns:
+        `{layer: facts}` as `brief`. Lists over directions hold the leading r = min(64, d_out, d_in). Facts:
+
+        - "update_norms" `{expert: |D_k|}` (Frobenius) and "cosines" `[K][K]`, `<D_j, D_k> / (|D_j| |D_k|)`.
+        - "singular_values" `{expert: [r]}`, descending. Exact where the smaller side of the layer is at most 1280;
+          beyond it a randomized range finder with 6 subspace iterations (Halko, Martinsson, Tropp 2011): exact for
+          spectra that fall off, 3 % of the largest value low on the flat spectrum of white noise.
+        - "effective_rank" `{expert: x}`, the participation ratio `(sum_i s_i^2)^2 / sum_i s_i^4` over *all* singular
+          values (from `|D_k|^4 / |D_k D_k'|^2`): n for n equal values, 1 for one.
+        - "subspace_overlap" `{"left" | "right": {"a & b": [q]}}`: cosines of the principal angles between the leading q
+          singular directions of two experts, left (outputs) and right (inputs, the bias as one), descending;
+          q = min(64, min(d_out, d_in) // 4, at least 1). Two random spaces have a mean squared cosine of q / d.
+        - "sign_conflicts": "pairs" `[K][K]`, the share of entries at which two experts' signs are opposite, among those
+          where neither is 0; "weighted_pairs", the same with entries weighted by `|D_j D_k|`, which is
+          `(1 - <D_j, D_k> / <|D_j|, |D_k|>) / 2`; "share", the share of entries at which not all experts that differ
+          from 0 have one sign, among those where some expert does; "weighted", the same weighted by `sum_k |D_k|`.
+          Unrelated experts: 1/2 a pair, `1 - 2^(1 - K)` overall.
+        - "shared_directions": along the left singular vectors `u_i` of `[D_1 ... D_K]` (the joint energy space, found
+          like the singular values) with `c_ki = u_i' D_k`: "singular_values" `[r]` of `[D_1 ... D_K]` and "consensus"
+          `[r]`, `|mean_k c_ki| / mean_k |c_ki|`: 1 where all agree, about `1 / sqrt(K)` where they are unrelated.
+        - "merge": of M, "norm", "singular_values" `[r]`, "effective_rank", "distance" `{expert: |M - D_k| / |D_k|}` and
+          "cosine" `{expert: <M, D_k> / (|M| |D_k|)}`.
+
+        One expert alone has no pairs and no conflicts.
+    """
+    found = _facts(updates, merged)
+    pairs = [f"{a} & {b}" for a, b in combinations(updates.names, 2)]
+    report = {}
+    for layer in updates.layout.layers:
+        for i, label in enumerate(layer.labels()):
+            facts = jax.tree.map(lambda leaf, i=i: leaf[i], found[layer.name])
+            for key in ("update_norms", "singular_values", "effective_rank"):
+                facts[key] = by_expert(updates, facts[key])
+            for key in ("distance", "cosine"):
+                facts["merge"][key] = by_expert(updates, facts["merge"][key])
+            facts["subspace_overlap"] = {side: dict(zip(pairs, c)) for side, c in facts["subspace_overlap"].items()}
+            report[label] = facts
+    return report
+
+
+Facts = dict[str, Any]  # arrays, nested
+
+
+@jax.jit
+def _facts(updates: Updates, merged: list[jax.Array]) -> dict[str, Facts]:
+    """`{layer: facts [n, ...]}`; matrices one after another, so that one's intermediates are in memory at a time."""
+    leaves = tuple(leaf.astype(updates.dtype)[None] for leaf in merged)
+    merge = Updates(("merged",), updates.layout, None, leaves)
+
+    def each(update: jax.Array, merged: jax.Array) -> Facts:
+        return jax.lax.map(lambda pair: _matrix_facts(*pair), (update.swapaxes(0, 1), merged[0]))
+
+    return batched(each, updates.layers, merge.layers)
+
+
+def _matrix_facts(update: jax.Array, merged: jax.Array) -> Facts:
+    """`full` in arrays, of one matrix: updates `[K, d_out, d_in]`, merged `[d_out, d_in]`."""
+    left, sizes, right = _leading(update)
+    signs, inner = _signs(update)
+    norms, length = jnp.sqrt(jnp.diagonal(inner)), jnp.sqrt(_total(merged * merged))
+    return {
+        "update_norms": norms,
+        "cosines": inner / _nonzero(norms[:, None] * norms),
+        "singular_values": sizes,
+        "effective_rank": _effective_rank(update),
+        "subspace_overlap": {"left": _overlaps(left, update), "right": _overlaps(right, update)},
+        "sign_conflicts": signs,
+        "shared_directions": _shared_directions(update),
+        "merge": {
+            "norm": length,
+            "singular_values": _leading(merged)[1],
+            "effective_rank": _effective_rank(merged),
+            "distance": jnp.sqrt(_total((merged - update) ** 2)) / _nonzero(norms),
+            "cosine": _total(merged * update) / _nonzero(norms * length),
+        },
+    }
+
+
+def _leading(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Leading singular triplets of `[..., m, n]`; columns of directions without size are 0 on both sides."""
+    rank, side = min(_DIRECTIONS, *x.shape[-2:]), min(x.shape[-2:])
+    left, sizes, right = (
+        spectral.svd(x, rank) if side <= _EXACT else spectral.randomized(x, rank, iterations=_ITERATIONS)
+    )
+    some = (sizes > 0)[..., None, :]
+    return left * some, sizes, right * some
+
+
+def _effective_rank(x: jax.Array) -> jax.Array:
+    """`(sum_i s_i^2)^2 / sum_i s_i^4` of `[..., m, n]`; 0 for a matrix of zeros."""
+    small = x if x.shape[-2] <= x.shape[-1] else transpose(x)
+    square = _total(x * x)
+    shares = matmul(small, transpose(small)) / _nonzero(square)[..., None, None]
+    return jnp.where(square > 0, 1 / _nonzero(_total(shares * shares)), 0)
+
+
+def _overlaps(basis: jax.Array, update: jax.Array) -> jax.Array:
+    """Cosines of principal angles between the leading directions `[K, d, r]` of each pair of experts, `[pairs, q]`."""
+    experts, (d_out, d_in) = basis.shape[0], update.shape[1:]
+    leading = min(basis.shape[-1], max(1, min(d_out, d_in) // 4))
+    if experts == 1:
+        return jnp.zeros((0, leading), basis.dtype)
+    first, second = np.array(list(combinations(range(experts), 2))).T
+    return spectral.principal_cosines(basis[first, :, :leading], basis[second, :, :leading])
+
+
+def _shared_directions(update: jax.Array) -> Facts:
+    """Spectrum and consensus along the leading left singular vectors of `[D_1 ... D_K]`."""
+    side_by_side = update.swapaxes(0, 1).reshape(update.shape[1], -1)
+    basis, sizes, _ = _leading(side_by_side)
+    coefficients = matmul(transpose(basis), update)
+    size = spectral.norm(coefficients, -1).mean(0)
+    return {"singular_values": sizes, "consensus": spectral.norm(coefficients.mean(0), -1) / _nonzero(size)}
+
+
+def _signs(update: jax.Array) -> tuple[Facts, jax.Array]:
+    """Sign conflicts of `[K, d_out, d_in]`, and the inner products `[K, K]`; both from one pass over groups of rows."""
+    experts, d_out, d_in = update.shape
+    padded = jnp.pad(update, ((0, 0), (0, -d_out % _ROWS), (0, 0)))  # zeros count nowhere
+    found = jax.lax.map(_signs_of_rows, padded.reshape(experts, -1, _ROWS, d_in).swapaxes(0, 1))
+    found = {key: counts.sum(0) for key, counts in found.items()}
+    inner, sizes, signs, filled = found["products"]
+    alone = jnp.eye(experts, dtype=bool)
+    mixed, seen, mixed_size, size = found["mixed"]
+    return {
+        "share": mixed / _nonzero(seen),
+        "weighted": mixed_size / _nonzero(size),
+        "pairs": jnp.where(alone, 0, (filled - signs) / (2 * _nonzero(filled))),
+        "weighted_pairs": jnp.where(alone, 0, (sizes - inner) / (2 * _nonzero(sizes))),
+    }, inner
+
+
+def _signs_of_rows(rows: jax.Array) -> dict[str, jax.Array]:
+    """Sums over some rows `[K, rows, d_in]`: "products" `[4, K, K]`, inner products of entries, magnitudes, signs and
+    presence; "mixed" `[4]`, entries with both signs, entries at all, and the magnitudes in them."""
+    flat = rows.reshape(rows.shape[0], -1)
+    size, sign = jnp.abs(flat), jnp.sign(flat)
+    views = (flat, size, sign, jnp.abs(sign))
+    mixed, seen, total = (flat.max(0) > 0) & (flat.min(0) < 0), size.max(0) > 0, size.sum(0)
+    counts = [mixed.sum(dtype=flat.dtype), seen.sum(dtype=flat.dtype), (mixed * total).sum(), total.sum()]
+    return {"products": jnp.stack([matmul(view, view.T) for view in views]), "mixed": jnp.stack(counts)}
+
+
+def _total(x: jax.Array) -> jax.Array:
+    """Sum over the last two axes, in rows first, so that threads share the work."""
+    return x.sum(-1).sum(-1)
+
+
+def _nonzero(x: jax.Array) -> jax.Array:
+    return jnp.where(x == 0, 1, x)
 
 
 @jax.jit
@@ -50,11 +215,18 @@ def _inner_products(updates: Updates) -> dict[str, jax.Array]:
 
 def plain(report: Mapping[str, Mapping]) -> dict[str, dict]:
     """Arrays and scalars of JAX as lists and numbers, for JSON; consensus of the kept directions alone."""
-    host = jax.tree.map(lambda leaf: leaf.tolist() if hasattr(leaf, "tolist") else leaf, jax.device_get(dict(report)))
+    host = jax.tree.map(_plain, jax.device_get(dict(report)))
     for facts in host.values():
         if "consensus" in facts:
             facts["consensus"] = facts["consensus"][: facts["rank"]]
     return host
+
+
+def _plain(leaf: Any) -> Any:
+    """Float32 becomes the shortest decimal that stands for it: .1, not .10000000149011612."""
+    if not hasattr(leaf, "tolist"):
+        return leaf
+    return (leaf.astype(str).astype(float) if leaf.dtype == np.float32 else leaf).tolist()
 
 
 def by_expert(updates: Updates, values: jax.Array) -> dict[str, jax.Array]:

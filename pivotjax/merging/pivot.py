@@ -7,10 +7,10 @@ A layer's update `D_k` (bias joined as an input column) is seen through what it 
 metric `M` on the layer's inputs (the mean of the experts' `G_k`, or each expert's own), `G_k` the second moment of the
 inputs on expert k's own data. `gram="none"` takes the identity: then `E_k = D_k`.
 
-1. Shared space: orthonormal output directions `u_1 ... u_r` (spectral.shared_space).
-2. Decomposition: `c_ki = u_i' E_k`, shared pattern `s_i = mean_k c_ki`; what lies outside the space is the residual.
-3. Filtering: conflict projection, consensus gate, residual; back from `E` to filtered updates `D~_k`.
-4. Merging: weights `alpha_k = softmax_k(score_k / T)` a layer, `W = W0 + scale * D` with
+1. Shared space: orthonormal output directions `u_1 ... u_r` (`side`: or input directions, or both).
+2. Decomposition: `c_ki = u_i' E_k`, shared pattern `s_i = sum_k p_k c_ki`; what lies outside the space is the residual.
+3. Filtering: conflicts, consensus gate, residual; back from `E` to filtered updates `D~_k` (module `decomposition`).
+4. Merging: weights `alpha_k ~ p_k exp(score_k / T)` a layer, `W = W0 + scale * D` with
    - `gram="none"`: `D = f sum_k alpha_k D~_k`, `f` bringing it to the experts' mean norm (`rescale`);
    - otherwise the `D` nearest to what the filtered updates do to their own data, with a pull to `f D~_k` that decides
      where the data do not:
@@ -51,9 +51,10 @@ The default is therefore the narrow one: `cross` keeps only directions that expe
 guessed metric), the residual is kept, and a conflict projection there changed nothing. No scores beat uniform weights.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,40 +62,53 @@ import jax.numpy as jnp
 from pivotjax.errors import InputError
 from pivotjax.merging import diagnostics, spectral
 from pivotjax.merging.calibration import Calibration, checked_gram, own_grams
-from pivotjax.merging.registry import Count, Fraction, Merged, NotNegative, Positive, Share, method
-from pivotjax.merging.spectral import matmul, transpose
-from pivotjax.merging.updates import Updates, batched, leaves_from
+from pivotjax.merging.decomposition import (
+    Conflict,
+    Filter,
+    Filtered,
+    Gate,
+    Grain,
+    Metric,
+    Residual,
+    Side,
+    decompose,
+)
+from pivotjax.merging.methods.average import expert_weights
+from pivotjax.merging.registry import Count, ExpertValues, Fraction, Merged, NotNegative, Positive, Scope, Share, method
+from pivotjax.merging.spectral import matmul, norm, transpose
+from pivotjax.merging.updates import Layer, Updates, batched, is_traced, leaves_from
 
 Array = jax.Array
-Residual = Literal["drop", "keep_mean", "keep"]
-Metric = Literal["own", "pooled"]
-Gate = Literal["none", "hard", "soft"]
 Rescale = Literal["none", "expert_norm"]
-Scores = Literal["uniform", "energy", "pivot_cosine", "loss_gain"]
+Scores = Literal["uniform", "energy", "pivot_cosine", "loss_gain", "alignment"]
+Layers = dict[str, Array]  # [K, n, ...] a layer
+Facts = dict[str, Array]  # [n, ...] each
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("energy", "tau", "gamma", "temperature", "rho"),
-    meta_fields=("basis", "rank", "residual", "metric", "conflict", "gate", "scores", "rescale"),
+    data_fields=("filter", "shares", "temperature", "rho", "scale"),
+    meta_fields=("scores", "rescale", "bias", "layer_weights"),
 )
 @dataclass(frozen=True)
 class _Knobs:
     """The options of `pivot` that jitted code needs: words are static, numbers are traced."""
 
-    basis: spectral.Basis
-    rank: int | None
-    residual: Residual
-    metric: Metric
-    conflict: bool
-    gate: Gate
+    filter: Filter
+    shares: Array  # [K], summing to 1
     scores: Scores
     rescale: Rescale
-    energy: float
-    tau: float
-    gamma: float
+    bias: Literal["joined", "averaged"]
+    layer_weights: Literal["uniform", "scores"]
     temperature: float
     rho: float
+    scale: float
+
+
+def _scope(options: Mapping[str, Any]) -> Scope:
+    """Layers are merged one by one unless some choice compares them or feeds one with another."""
+    coupled = options["gram"] == "merged" or options["layer_weights"] == "scores"
+    return "model" if coupled or options["scores"] in ("loss_gain", "alignment") else "layer"
 
 
 @method(
@@ -102,11 +116,12 @@ class _Knobs:
     family="shared space",
     source="PivotMerge (arXiv 2604.22823): components [read], formulas [ours]",
     needs=("base",),
+    scope=_scope,
     laws={
         "identical": {},
         "order": {},
         "homogeneous": {},
-        "average": {"gram": "none", "energy": 1.0, "conflict": False, "rescale": "none"},
+        "average": {"gram": "none", "energy": 1.0, "conflict": "none", "rescale": "none"},
         "single": {},
         "zero": {},
     },
@@ -115,40 +130,62 @@ def pivot(
     updates: Updates,
     *,
     calibration: Calibration | None = None,
+    side: Side = "output",
     basis: spectral.Basis = "cross",
     energy: Fraction = 0.9,
     rank: Count | None = None,
+    unit: bool = False,
     residual: Residual = "keep",
-    conflict: bool = True,
+    conflict: Conflict = "project",
     gate: Gate = "none",
+    grain: Grain = "direction",
     tau: Share | None = None,
     gamma: NotNegative = 1.0,
     scores: Scores = "uniform",
+    measure: Literal["cosine", "cka"] = "cosine",
     temperature: Positive = 1.0,
+    layer_weights: Literal["uniform", "scores"] = "uniform",
+    weights: ExpertValues | None = None,
     gram: Literal["auto", "none", "updates", "own", "merged"] = "auto",
     metric: Metric = "pooled",
     rho: Share | None = None,
     rescale: Rescale = "expert_norm",
+    bias: Literal["joined", "averaged"] = "joined",
     scale: float = 1.0,
 ) -> Merged:
     """Decomposes updates in a shared space, filters conflicts and merges layer by layer.
 
+    Leaves that belong to no layer (norms, 1-D tensors) are averaged, and the report says so.
+
     Args:
         updates: K experts measured from their base. One expert alone is not filtered.
-        calibration: needed by `gram` `own` and `merged`, and by `scores="loss_gain"`.
-        basis: which directions count as shared: `energy`, the largest together; `cross`, the most in common.
+        calibration: needed by `gram` `own` and `merged`, and by `scores` `loss_gain` and `alignment`.
+        side: where directions are shared: `output`, the LLM's space; `input`, the layer's inputs; `both`, the core
+            between the two spaces (directions are then the output's).
+        basis: which directions count as shared: `energy`, the largest together; `cross`, the most in common;
+            `average`, those of the mean update.
         energy: share of the spectrum that the shared space must reach.
-        rank: a fixed number of directions instead.
+        rank: a fixed number of directions instead; more than there are keeps all.
+        unit: decompose and filter every expert's effect at unit norm, so that a long update does not rule the space;
+            its length is restored after.
         residual: what lies outside the space: `drop` it, keep its mean over the experts, or keep each expert's own.
-        conflict: remove from `c_ki` its component along the mean of the others where they point against each other.
+        conflict: `project` removes from `c_ki` its component along the mean of the others where they point against
+            each other; `elect` is TIES on the coefficients: entries against the sign of their sum are dropped, the
+            others averaged among those that agree.
         gate: on the consensus `a_i = |s_i| / mean_k |c_ki|` in [0, 1]: `hard` keeps `a_i >= tau`, `soft` multiplies by
             `a_i^gamma`.
+        grain: whether the gate acts on a whole direction, or on each coordinate by its own consensus.
         tau: threshold of the hard gate; None: `1 / sqrt(K)`, the consensus of unrelated experts.
         gamma: exponent of the soft gate.
         scores: what weighs experts a layer: `uniform`; `energy`, the share of `E_k` inside the shared space;
             `pivot_cosine`, its cosine to the mean of the others; `loss_gain`, by how much the caption loss (all
-            domains) drops when the layer of the plain average is replaced by expert k's.
-        temperature: T of the softmax over experts.
+            domains) drops when the layer of the plain average is replaced by expert k's; `alignment`, by how much the
+            agreement between projected images and their captions' embeddings grows then.
+        measure: of `alignment`: mean cosine, or linear CKA.
+        temperature: T of the softmax over experts (and over layers).
+        layer_weights: `scores`: layer l counts `g^l = L softmax_l(mean_k score_k^l / T)`; `uniform`: 1.
+        weights: data shares p_k by expert (divided by their sum): of the shared pattern, and as a prior of `alpha_k`;
+            None: equal.
         gram: where the input statistics come from (see the module): nowhere, the updates, calibration data on the
             experts' own layers, or on the layers already merged; `auto`: `merged` with calibration, `updates` without.
         metric: `E_k` by the mean of the experts' Gram matrices, or by each expert's own (then effects of different
@@ -156,234 +193,224 @@ def pivot(
         rho: factor on the off-diagonal entries of each Gram matrix; None: .9 with data, .15 with the guess.
         rescale: `expert_norm`: f brings a layer's mean filtered update to the mean norm of the experts' updates (an
             average of K unrelated updates is `1 / sqrt(K)` too short); `none`: f = 1.
+        bias: a bias joins its weight as an input column, or is averaged.
         scale: lambda, on the merged update as a whole, after all layers are solved.
     """
     if gram == "auto":
         gram = "updates" if calibration is None else "merged"
-    if calibration is None and (gram in ("own", "merged") or scores == "loss_gain"):
-        what = f"gram={gram!r}" if gram in ("own", "merged") else "scores='loss_gain'"
-        raise InputError(f"pivot with {what} needs calibration data: give it, or leave that option at its default")
+    asks = [f"gram={gram!r}"] * (gram in ("own", "merged")) + [f"scores={scores!r}"] * (scores in _MEASURED)
+    if calibration is None and asks:
+        raise InputError(f"pivot with {asks[0]} needs calibration data: give it, or leave that option at its default")
     if rho is None:
         rho = 0.15 if gram == "updates" else 0.9
     experts = len(updates.names)
     if experts == 1:
         energy, rank = 1.0, None
-    knobs = _Knobs(
-        basis, rank, residual, metric, conflict, gate, scores, rescale,
-        energy, experts**-0.5 if tau is None else tau, gamma, temperature, rho,
-    )  # fmt: skip
-    gains = _loss_gains(updates, calibration) if scores == "loss_gain" else _no_gains(updates)
-    if gram == "none":
-        merged = _merge_free(_layers(updates), gains, knobs)
-    elif gram == "merged":
+    tau = experts**-0.5 if tau is None else tau
+    chosen = Filter(side, basis, unit, rank, residual, conflict, gate, grain, metric, energy, tau, gamma)
+    shares = expert_weights(updates, weights, normalize=True).astype(updates.dtype)
+    knobs = _Knobs(chosen, shares, scores, rescale, bias, layer_weights, temperature, rho, scale)
+    gains = _gains(updates, calibration, scores, measure) if scores in _MEASURED else None
+    if gram == "merged":
         merged = _merge_in_order(updates, calibration, gains, knobs)
     else:
-        grams = own_grams(calibration, updates) if gram == "own" else _guessed_grams(_layers(updates))
-        merged = _merge_own(_layers(updates), grams, gains, knobs)
-    matrices = {name: result.pop("merged") for name, result in merged.items()}
-    leaves = [scale * leaf for leaf in _leaves(updates, matrices)]
-    return Merged(leaves, diagnostics.shared_space(updates, merged), {"gram": gram, "rho": rho})
+        grams = _grams(updates, calibration, knobs) if gram == "own" else None
+        merged = _apart(updates, grams, gram, gains, knobs)
+    leaves = _assembled(updates, {name: result.pop("merged") for name, result in merged.items()}, merged, knobs)
+    averaged = [i for i in range(len(updates.layout.paths)) if i not in _decomposed(updates, knobs)]
+    exceptions = {updates.layout.paths[i]: "averaged: no layer's weight" for i in averaged}
+    return Merged(leaves, diagnostics.shared_space(updates, merged), {"gram": gram, "rho": rho}, exceptions)
 
 
-Layers = dict[str, Array]  # [K, n, ...] a layer
-Facts = dict[str, Array]  # [n, ...] each
+_MEASURED = ("loss_gain", "alignment")
 
 
-@jax.jit
-def _layers(updates: Updates) -> Layers:
-    return updates.layers
+def _decomposed(updates: Updates, knobs: _Knobs) -> set[int]:
+    """Leaves that the layers' matrices hold."""
+    held = set(updates.layout.weights)
+    return held if knobs.bias == "averaged" else held | {layer.bias for layer in updates.layout.layers}
 
 
-@jax.jit
-def _leaves(updates: Updates, matrices: dict[str, Array]) -> list[Array]:
-    return leaves_from(updates.layout, matrices, updates.others_mean())
+def _matrices(updates: Updates, knobs: _Knobs) -> Layers:
+    return updates.kernels if knobs.bias == "averaged" else updates.layers
 
 
-@jax.jit
-def _merge_free(layers: Layers, gains: Layers, knobs: _Knobs) -> dict[str, Facts]:
-    """`{layer: merged update [n, d_out, d_in] and facts}` of updates `[K, n, d_out, d_in]`."""
+@partial(jax.jit, static_argnames="gram")
+def _apart(updates: Updates, grams: Layers | None, gram: str, gains: Layers | None, knobs: _Knobs) -> dict[str, Facts]:
+    """Every layer on its own: without a metric, in the guessed one, or with Gram matrices of each expert's inputs
+    (`grams`, `[K, n, d_in, d_in]` a layer)."""
+    layers = _matrices(updates, knobs)
+    gains = _no_gains(layers) if gains is None else gains
 
-    def one(update: Array, gain: Array) -> Facts:
-        filtered, facts = _filter(update, knobs)
-        alpha = _layer_weights(update, facts, gain, knobs)
-        merged, factor = _rescaled(_weighted(alpha, filtered), update, knobs)
-        return facts | {"merged": merged, "weights": alpha.T, "factor": factor}
+    def free(update: Array, gain: Array) -> Facts:
+        found = decompose(update, None, knobs.shares, knobs.filter)
+        alpha, facts = _layer_weights(found, gain, knobs)
+        merged, factor = _rescaled(_weighted(alpha, found.updates), update, knobs)
+        return facts | {"merged": merged, "factor": factor}
 
-    return batched(one, layers, gains)
+    def fitted(update: Array, gram: Array, gain: Array) -> Facts:
+        found = decompose(update, spectral.shrink(gram, knobs.rho), knobs.shares, knobs.filter)
+        alpha, facts = _layer_weights(found, gain, knobs)
+        return facts | _fit(found.updates, matmul(found.updates, gram), gram, update, alpha, knobs)
 
-
-@jax.jit
-def _merge_own(layers: Layers, grams: Layers, gains: Layers, knobs: _Knobs) -> dict[str, Facts]:
-    """The same with Gram matrices `[K, n, d_in, d_in]` of each expert's own inputs."""
-
-    def one(update: Array, gram: Array, gain: Array) -> Facts:
-        filtered, alpha, facts = _filter_in_metric(update, spectral.shrink(gram, knobs.rho), gain, knobs)
-        return _fit(filtered, matmul(filtered, gram), gram, update, alpha, facts, knobs)
-
-    return batched(one, layers, grams, gains)
+    if gram == "none":
+        return batched(free, layers, gains)
+    if gram == "updates":
+        return batched(lambda update, gain: fitted(update, _guessed_grams(update), gain), layers, gains)
+    return batched(fitted, layers, grams, gains)
 
 
-@jax.jit
-def _guessed_grams(layers: Layers) -> Layers:
+def _guessed_grams(update: Array) -> Array:
     """`(D_k'D_k)^2`, scaled to a mean diagonal of 1: a guess of each expert's input Gram matrices from its updates."""
-
-    def one(update: Array) -> Array:
-        moment = _unit_diagonal(matmul(transpose(update), update))
-        return _unit_diagonal(matmul(moment, moment))
-
-    return {name: one(update) for name, update in layers.items()}
+    moment = _unit_diagonal(matmul(transpose(update), update))
+    return _unit_diagonal(matmul(moment, moment))
 
 
 def _unit_diagonal(moment: Array) -> Array:
     return moment / _nonzero(jnp.diagonal(moment, axis1=-2, axis2=-1).mean(-1))[..., None, None]
 
 
-@jax.jit
-def _merge_student(
-    update: Array, base: Array, gram: Array, student: Array, cross: Array, gain: Array, knobs: _Knobs
-) -> Facts:
-    """One layer of `gram="merged"`: `gram` is X'X, `student` is H'H and `cross` is X'H, each `[K, 1, d_in, d_in]`."""
-    filtered, alpha, facts = _filter_in_metric(update, spectral.shrink(gram, knobs.rho), gain, knobs)
-    target = matmul(base + filtered, cross) - matmul(base, student)
-    return _fit(filtered, target, student, update, alpha, facts, knobs)
+def _grams(updates: Updates, calibration: Calibration, knobs: _Knobs) -> Layers:
+    return {layer.name: _cut(gram, layer, knobs) for layer, gram in
+            ((updates.layout.layer(name), gram) for name, gram in own_grams(calibration, updates).items())}
 
 
-def _fit(
-    filtered: Array, target: Array, gram: Array, update: Array, alpha: Array, facts: Facts, knobs: _Knobs
-) -> Facts:
+def _cut(gram: Array, layer: Layer, knobs: _Knobs) -> Array:
+    """Without the input of 1 where the bias is averaged."""
+    return gram[..., : layer.d_in, : layer.d_in] if knobs.bias == "averaged" else gram
+
+
+def _fit(filtered: Array, target: Array, gram: Array, update: Array, alpha: Array, knobs: _Knobs) -> Facts:
     """The merged update of the module's objective: `target = Y_k'H_k`, `gram = H_k'H_k`, each `[K, n, ...]`."""
     mean, factor = _rescaled(_weighted(alpha, filtered), update, knobs)
     diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)[..., None, :]
     pull = factor[:, None, None] * filtered * diagonal
     moment = _weighted(alpha, knobs.rho * target + (1 - knobs.rho) * pull)
     merged = spectral.fit(moment, _weighted(alpha, spectral.shrink(gram, knobs.rho)), mean)
-    return facts | {"merged": merged, "weights": alpha.T, "factor": factor}
+    return {"merged": merged, "factor": factor}
 
 
 def _merge_in_order(
-    updates: Updates, calibration: Calibration, gains: dict[str, Array], knobs: _Knobs
+    updates: Updates, calibration: Calibration, gains: Layers | None, knobs: _Knobs
 ) -> dict[str, Facts]:
     """`gram="merged"`: each layer is solved on the inputs that the layers merged before it produce."""
     for layer in updates.layout.layers:
         if layer.lead:
             raise InputError(f"pivot with gram='merged' merges layer after layer, but {layer.name!r} is a stack of "
                              f"{layer.count}: use gram='own'")
-    grams, base = own_grams(calibration, updates), updates.base_layers
-    experts, layers, results = updates.tree(updates.weights), _layers(updates), {}
+    grams, experts = _grams(updates, calibration, knobs), updates.tree(_weights(updates))
+    results: dict[str, Facts] = {}
     for layer in updates.layout.layers:
-        name = layer.name
-        student = _student(updates, results)
-        pair = calibration.cross_grams(experts, student, name)
-        h, s = (checked_gram(moment, layer, (len(updates.names),), updates) for moment in pair)
-        results[name] = _merge_student(layers[name], base[name], grams[name], h, s, gains[name], knobs)
+        pair = calibration.cross_grams(experts, _student(updates, results, knobs), layer.name)
+        student, cross = (_cut(checked_gram(moment, layer, (len(updates.names),), updates), layer, knobs)
+                          for moment in pair)
+        results[layer.name] = _merge_student(updates, layer.name, grams[layer.name], student, cross, gains, knobs)
     return results
 
 
-def _student(updates: Updates, results: dict[str, Facts]):
+@partial(jax.jit, static_argnames="name")
+def _merge_student(
+    updates: Updates, name: str, gram: Array, student: Array, cross: Array, gains: Layers | None, knobs: _Knobs
+) -> Facts:
+    """One layer of `gram="merged"`: `gram` is X'X, `student` is H'H and `cross` is X'H, each `[K, 1, d_in, d_in]`."""
+    layers = _matrices(updates, knobs)
+    update, base = layers[name], updates.base_layers[name][..., : layers[name].shape[-1]]
+    gain = (_no_gains(layers) if gains is None else gains)[name]
+    found = decompose(update, spectral.shrink(gram, knobs.rho), knobs.shares, knobs.filter)
+    alpha, facts = _layer_weights(found, gain, knobs)
+    target = matmul(base + found.updates, cross) - matmul(base, student)
+    return facts | _fit(found.updates, target, student, update, alpha, knobs)
+
+
+@jax.jit
+def _weights(updates: Updates) -> list[Array]:
+    return updates.weights
+
+
+@jax.jit
+def _student(updates: Updates, results: dict[str, Facts], knobs: _Knobs) -> Any:
     """The projector merged so far: layers not merged yet are the base's."""
-    merged = {name: results[name]["merged"] if name in results else jnp.zeros_like(base)
-              for name, base in updates.base_layers.items()}
-    return updates.parameters(_leaves(updates, merged))
+    merged = {name: results[name]["merged"] if name in results else jnp.zeros_like(update[0])
+              for name, update in _matrices(updates, knobs).items()}
+    return updates.parameters(_leaves(updates, merged, knobs))
 
 
-def _filter_in_metric(
-    update: Array, gram: Array, gain: Array, knobs: _Knobs
-) -> tuple[Array, Array, dict[str, Array]]:
-    """Filters `E_k = D_k G_k^(1/2)`; returns the filtered updates `D~_k`, the weights and the facts."""
-    lens = gram if knobs.metric == "own" else gram.mean(0, keepdims=True)
-    root, inverse = spectral.root(lens)
-    effects = matmul(update, root)
-    filtered, facts = _filter(effects, knobs)
-    alpha = _layer_weights(effects, facts, gain, knobs)
-    # Only the change goes back through the inverse: what the filter leaves alone stays exact, inputs never seen too.
-    return update + matmul(filtered - effects, inverse), alpha, facts
+def _leaves(updates: Updates, matrices: Mapping[str, Array], knobs: _Knobs) -> list[Array]:
+    others = updates.vectors_mean() if knobs.bias == "averaged" else updates.others_mean()
+    return leaves_from(updates.layout, matrices, others)
 
 
-def _filter(effects: Array, knobs: _Knobs) -> tuple[Array, dict[str, Array]]:
-    """Steps 1 to 3 on `[K, n, d_out, d_in]`: filtered effects of the same shape, and facts with leading n."""
-    spectrum, basis = spectral.shared_space(effects, knobs.basis)
-    kept = spectral.leading(spectrum, knobs.energy, knobs.rank)
-    coefficients = jnp.where(kept[..., None], matmul(transpose(basis), effects), 0)
-    rest = effects - matmul(basis, coefficients)
-    energy = _norm(coefficients, (-1, -2)) ** 2 / _nonzero(_norm(effects, (-1, -2)) ** 2)
-    if knobs.conflict and effects.shape[0] > 1:
-        coefficients = _without_conflicts(coefficients)
-    consensus = _norm(coefficients.mean(0), -1) / _nonzero(_norm(coefficients, -1).mean(0))
-    if knobs.gate == "hard":
-        coefficients = jnp.where((consensus >= knobs.tau)[..., None], coefficients, 0)
-    if knobs.gate == "soft":
-        coefficients = coefficients * (consensus**knobs.gamma)[..., None]
-    filtered = matmul(basis, coefficients)
-    if knobs.residual == "keep":
-        filtered = filtered + rest
-    if knobs.residual == "keep_mean":
-        filtered = filtered + rest.mean(0)
-    return filtered, {"spectrum": spectrum, "kept": kept, "consensus": consensus, "energy": energy.T}
+@jax.jit
+def _assembled(
+    updates: Updates, matrices: dict[str, Array], facts: dict[str, Facts], knobs: _Knobs
+) -> list[Array]:
+    """The merged update's leaves, layers weighed by `g^l` and everything by `scale`."""
+    if knobs.layer_weights == "scores":
+        means = {name: found["scores"].mean(-1) for name, found in facts.items()}  # [n] a layer
+        together = jnp.concatenate(list(means.values()))
+        weights = together.size * jax.nn.softmax(together / knobs.temperature)
+        sizes = [mean.size for mean in means.values()]
+        parts = jnp.split(weights, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)])
+        matrices = {name: part[:, None, None] * matrices[name] for name, part in zip(means, parts)}
+    return [knobs.scale * leaf for leaf in _leaves(updates, matrices, knobs)]
 
 
-def _without_conflicts(coefficients: Array) -> Array:
-    """Removes from `c_ki` its component along the mean of the others where their inner product is negative."""
-    others = (coefficients.sum(0) - coefficients) / (coefficients.shape[0] - 1)
-    product = (coefficients * others).sum(-1, keepdims=True)
-    square = _nonzero((others * others).sum(-1, keepdims=True))
-    return coefficients - jnp.minimum(product, 0) / square * others
-
-
-def _layer_weights(effects: Array, facts: dict[str, Array], gain: Array, knobs: _Knobs) -> Array:
-    """`alpha` `[K, n]`; adds the scores to the facts."""
-    score = {"energy": lambda: facts["energy"].T, "pivot_cosine": lambda: _pivot_cosine(effects)}
-    facts["scores"] = score.get(knobs.scores, lambda: gain)().T
-    return jax.nn.softmax(facts["scores"].T / knobs.temperature, axis=0)
-
-
-def _pivot_cosine(effects: Array) -> Array:
-    """Cosine of each expert's effect to the mean of the others', `[K, n]`."""
-    others = effects.sum(0) - effects
-    product = (effects * others).sum((-1, -2))
-    return product / _nonzero(_norm(effects, (-1, -2)) * _norm(others, (-1, -2)))
+def _layer_weights(found: Filtered, gain: Array, knobs: _Knobs) -> tuple[Array, Facts]:
+    """`alpha` `[K, n]`, and the facts of the decomposition with the scores."""
+    scores = {"energy": found.energy, "pivot_cosine": found.cosine}.get(knobs.scores, gain.T)
+    alpha = jax.nn.softmax(scores / knobs.temperature + jnp.log(knobs.shares), axis=-1)
+    facts = {"spectrum": found.spectrum, "kept": found.kept, "consensus": found.consensus, "energy": found.energy}
+    return alpha.T, facts | {"scores": scores, "weights": alpha}
 
 
 def _rescaled(mean: Array, update: Array, knobs: _Knobs) -> tuple[Array, Array]:
     """`[n, d_out, d_in]` brought to the experts' mean norm if asked, and the factors `[n]`."""
     factor = jnp.ones(mean.shape[0], mean.dtype)
     if knobs.rescale == "expert_norm":
-        length = _norm(mean, (-1, -2))
-        factor = jnp.where(length > 0, _norm(update, (-1, -2)).mean(0) / _nonzero(length), 1)
+        length = norm(mean, (-1, -2))
+        factor = jnp.where(length > 0, norm(update, (-1, -2)).mean(0) / _nonzero(length), 1)
     return factor[:, None, None] * mean, factor
 
 
-def _loss_gains(updates: Updates, calibration: Calibration) -> dict[str, Array]:
-    """`{layer: [K, n]}`: caption loss of the plain average minus that with one layer replaced by expert k's."""
-    layers = _layers(updates)
+def _gains(updates: Updates, calibration: Calibration, scores: Scores, measure: str) -> Layers:
+    """`{layer: [K, n]}`: what the plain average gains with one layer replaced by expert k's."""
+    candidates = _replaced(updates)
+    if scores == "loss_gain":
+        values = -calibration.loss(candidates)
+    else:
+        values = calibration.alignment(candidates, measure)
+    count = jax.tree.leaves(candidates)[0].shape[0]
+    if values.shape != (count,) or not (is_traced(values) or bool(jnp.isfinite(values).all())):
+        raise InputError(f"calibration: the {scores} of {count} projectors must be as many finite numbers")
+    gains, start = {}, 1
+    for layer in updates.layout.layers:
+        stop = start + len(updates.names) * layer.count
+        gained = (values[start:stop] - values[0]).reshape(len(updates.names), layer.count)
+        gains[layer.name], start = gained.astype(updates.dtype), stop
+    return gains
+
+
+@jax.jit
+def _replaced(updates: Updates) -> Any:
+    """Projectors, stacked: the plain average, then for each layer (and matrix of it) and expert the one replaced."""
+    layers, others = updates.layers, updates.others_mean()
     mean = {name: matrix.mean(0) for name, matrix in layers.items()}
-    candidates = [_leaves(updates, mean)]
+    candidates = [leaves_from(updates.layout, mean, others)]
     for name, matrix in layers.items():
         for k in range(matrix.shape[0]):
             for i in range(matrix.shape[1]):
                 swapped = mean | {name: mean[name].at[i].set(matrix[k, i])}
-                candidates.append(_leaves(updates, swapped))
-    losses = calibration.loss(jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(updates.parameters, candidates)))
-    if losses.shape != (len(candidates),) or not bool(jnp.isfinite(losses).all()):
-        raise InputError(f"calibration: caption losses of {len(candidates)} projectors must be as many finite numbers")
-    gains, start = {}, 1
-    for name, matrix in layers.items():
-        count = matrix.shape[0] * matrix.shape[1]
-        gains[name] = (losses[0] - losses[start : start + count]).reshape(matrix.shape[:2]).astype(matrix.dtype)
-        start += count
-    return gains
+                candidates.append(leaves_from(updates.layout, swapped, others))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(updates.parameters, candidates))
 
 
-def _no_gains(updates: Updates) -> dict[str, Array]:
-    return {name: jnp.zeros(matrix.shape[:2], matrix.dtype) for name, matrix in _layers(updates).items()}
+def _no_gains(layers: Layers) -> Layers:
+    return {name: jnp.zeros(matrix.shape[:2], matrix.dtype) for name, matrix in layers.items()}
 
 
 def _weighted(alpha: Array, stacked: Array) -> Array:
     """`sum_k alpha[k] stacked[k]`: `[K, n]`, `[K, n, ...]` -> `[n, ...]`."""
-    return jnp.einsum("kn,knij->nij", alpha, stacked, precision="highest")
-
-
-def _norm(x: Array, axis) -> Array:
-    return jnp.sqrt((x * x).sum(axis))
+    return sum(a[:, None, None] * one for a, one in zip(alpha, stacked))
 
 
 def _nonzero(x: Array) -> Array:

@@ -22,6 +22,30 @@ def token_nll(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
+def token_entropy(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """Entropy of softmax(logits), in nats."""
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jax.nn.softmax(logits) * logits, axis=-1)
+
+
+def caption_logits(
+    language,
+    tokens: Int[Array, "B L"],
+    visual: Float[Array, "B V D"],
+    length: int,
+    first_position: int,
+    remat: bool = False,
+) -> Float[Array, "B T vocab"]:
+    """Logits of the `length` (T) caption tokens, which stand from sequence position `first_position` on.
+
+    No logits are computed anywhere else. Attention is causal and padding stands on the right, so nothing a caption
+    token sees is padding.
+    """
+    x = splice(language, tokens, visual)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = language(x, positions, None, remat=remat)
+    return language.logits(hidden[:, first_position : first_position + length])
+
+
 def caption_nll(
     language,
     tokens: Int[Array, "B L"],
@@ -34,11 +58,7 @@ def caption_nll(
     """Sum over a caption's tokens of their negative log-likelihood, in nats, one number a sample.
 
     Target t is read at sequence position `first_position + t`; `weights` is 1 at real caption tokens (end of sequence
-    included) and 0 at padding. No logits are computed anywhere else. Attention is causal and padding stands on the
-    right, so nothing a caption token sees is padding.
+    included) and 0 at padding.
     """
-    x = splice(language, tokens, visual)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = language(x, positions, None, remat=remat)
-    captions = hidden[:, first_position : first_position + targets.shape[1]]
-    return jnp.sum(weights * token_nll(language.logits(captions), targets), axis=-1)
+    logits = caption_logits(language, tokens, visual, targets.shape[1], first_position, remat)
+    return jnp.sum(weights * token_nll(logits, targets), axis=-1)

@@ -1,12 +1,14 @@
 """A small projector world: three experts of three layers (two of equal shape), and features of three domains."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pivotjax.merging.calibration import FeatureCalibration
+from pivotjax.merging.calibration import FeatureCalibration, agreement
 
 SIZES = (7, 6, 6, 6)
 
@@ -20,6 +22,12 @@ def layer_inputs(params, x):
     return seen
 
 
+def output(params, x):
+    """What comes out of the last layer."""
+    last = f"linear_{len(params) - 1}"
+    return jnp.tanh(layer_inputs(params, x)[last] @ params[last]["kernel"] + params[last]["bias"])
+
+
 def numpy_inputs(matrices, x):
     """The same in NumPy float64: `{layer: [rows, d_in + 1]}` with the input of 1 last; matrices are `[W | b]`."""
     seen = {}
@@ -27,6 +35,11 @@ def numpy_inputs(matrices, x):
         seen[name] = np.hstack([x, np.ones((len(x), 1))])
         x = np.tanh(seen[name] @ matrix.T)
     return seen
+
+
+def numpy_output(matrices, x):
+    last = list(matrices)[-1]
+    return np.tanh(numpy_inputs(matrices, x)[last] @ matrices[last].T)
 
 
 def random_params(rng, sizes=SIZES, spread=0.4, dtype=np.float32):
@@ -74,20 +87,72 @@ def _sizes(params):
 
 @dataclass
 class World:
-    """`features` are each domain's own; `loss` is any smooth function of a projector."""
+    """`features` are each domain's own, a pair a row: an image of one visual token; `captions` are the mean embeddings
+    of their captions. The caption loss is any function of a projector."""
 
     base: dict
     experts: dict
     features: list
 
     @property
+    def captions(self):
+        width = _sizes(self.base)[-1]
+        return [caption(x, width) for x in self.features]
+
+    @property
     def calibration(self):
-        return FeatureCalibration(layer_inputs, self.features, caption_loss, chunk=16)
+        return FeatureCalibration(
+            layer_inputs,
+            self.features,
+            caption_loss,
+            caption_gradient=loss_gradient,
+            caption_fisher=partial(fisher, self.features, self.captions),
+            caption_alignment=partial(alignment, self.features, self.captions),
+            chunk=16,
+        )
+
+
+def caption(x, width):
+    """The mean caption embedding that belongs to each row of x, `[rows, width]`: any fixed function."""
+    mixer = np.random.default_rng(99).normal(size=(x.shape[-1], width))
+    return np.sin(x @ mixer).astype(x.dtype)
 
 
 def caption_loss(stacked):
     """[P]: the spread of the weights; any function of the parameters will do for the arithmetic of `loss_gain`."""
     return sum(jnp.square(p["kernel"]).mean((-1, -2)) + jnp.abs(p["bias"]).mean(-1) for p in stacked.values())
+
+
+def entropy(stacked):
+    """[P]: another function."""
+    return sum(jnp.log1p(p["kernel"] ** 4).mean((-1, -2)) + (p["bias"] ** 2).mean(-1) for p in stacked.values())
+
+
+@partial(jax.jit, static_argnums=1)
+def loss_gradient(stacked, objective):
+    function = {"caption": caption_loss, "entropy": entropy}[objective]
+    return function(stacked), jax.grad(lambda p: function(p).sum())(stacked)
+
+
+@jax.jit
+def fisher(features, captions, stacked):
+    """The loss of a pair is half the squared distance of its visual token to its caption."""
+
+    def loss(params, x, target):
+        return 0.5 * jnp.sum((output(params, x) - target) ** 2)
+
+    def one(k):
+        params = jax.tree.map(lambda leaf: leaf[k], stacked)
+        gradients = jax.vmap(jax.grad(loss), (None, 0, 0))(params, features[k], captions[k])
+        return jax.tree.map(lambda g: (g**2).mean(0), gradients)
+
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(one, range(len(features))))
+
+
+@partial(jax.jit, static_argnums=3)
+def alignment(features, captions, stacked, measure):
+    visual = jax.vmap(output, (0, None))(stacked, jnp.concatenate(features))
+    return jax.vmap(lambda one: agreement(one, jnp.concatenate(captions), measure))(visual)
 
 
 def make_world(count=3, sizes=SIZES, dtype=np.float32, seed=0, spread=0.4):
