@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,35 @@ _KEY = re.compile(r"(?:model\.)?(?:mm_projector\.)?(?:(?P<index>\d+)\.)?(?P<leaf
 _PREFIX = "model.mm_projector."
 
 
-def to_torch(params: projector.Params) -> dict[str, np.ndarray]:
+def names_a_projector(names: Iterable[str]) -> bool:
+    """Whether these (and no others) are the tensor names of one whole projector."""
+    found = [_KEY.fullmatch(name) for name in names]
+    if not found or not all(found):
+        return False
+    held = {(int(one["index"] or 0), one["leaf"]) for one in found}
+    return held == {(2 * i, leaf) for i in range(len(found) // 2) for leaf in ("weight", "bias")}
+
+
+def to_torch(params: projector.Params, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
     """`{"model.mm_projector.0.weight": [d_out, d_in], "model.mm_projector.0.bias": [d_out], ...}`; the second
-    layer has number 2, and a single layer is LLaVA's `linear`, without a number."""
+    layer has number 2, and a single layer is LLaVA's `linear`, without a number. `names`, of another file of such
+    a projector, are used instead."""
     tensors = {}
+    if names is not None:
+        for name in names:
+            found = _KEY.fullmatch(name)
+            layer = params[f"linear_{int(found['index'] or 0) // 2}"]
+            tensors[name] = _torch_leaf(layer, found["leaf"])
+        return tensors
     for i in range(len(params)):
         stem = _PREFIX if len(params) == 1 else f"{_PREFIX}{2 * i}."
-        tensors[f"{stem}weight"] = np.ascontiguousarray(np.asarray(params[f"linear_{i}"]["kernel"]).T)
-        tensors[f"{stem}bias"] = np.asarray(params[f"linear_{i}"]["bias"])
+        for leaf in ("weight", "bias"):
+            tensors[f"{stem}{leaf}"] = _torch_leaf(params[f"linear_{i}"], leaf)
     return tensors
+
+
+def _torch_leaf(layer: dict, leaf: str) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(layer["kernel"]).T) if leaf == "weight" else np.asarray(layer["bias"])
 
 
 def from_torch(tensors: dict[str, np.ndarray], where: str) -> projector.Params:
@@ -48,9 +69,11 @@ def from_torch(tensors: dict[str, np.ndarray], where: str) -> projector.Params:
     return {name: params[name] for name in names}
 
 
-def save_torch(path: Path, params: projector.Params, info: dict[str, Any]) -> None:
+def save_torch(
+    path: Path, params: projector.Params, info: dict[str, Any], names: Iterable[str] | None = None
+) -> None:
     """Writes a projector as a safetensors file for torch code; `info` goes into its metadata as JSON."""
-    files.write_bytes(path, save(to_torch(params), metadata={"format": "pt", "pivotjax": json.dumps(info)}))
+    files.write_bytes(path, save(to_torch(params, names), metadata={"format": "pt", "pivotjax": json.dumps(info)}))
 
 
 def load_torch(path: Path) -> tuple[projector.Params, dict[str, Any]]:

@@ -1,13 +1,14 @@
 """The report as one HTML page: no scripts, no network, images inside."""
 
-import base64
 import json
 import math
 from collections.abc import Sequence
 from html import escape
 
-from pivotjax.evaluation.plots import columns, number, pretty
-from pivotjax.evaluation.style import STYLE
+from pivotjax.evaluation.plots import columns, pretty
+from pivotjax.pages import html
+from pivotjax.pages.figures import number
+from pivotjax.pages.html import TEXT_HEAD, fixed, plain, table
 
 Figures = dict[str, tuple[bytes, str]]  # name -> PNG, alternative text
 
@@ -49,23 +50,10 @@ def render(report: dict, headlines: Sequence, verdicts: Sequence, figures: Figur
         "Data and attribution": _data(report),
         "Run": _run(report),
     }
-    sections = {heading: body for heading, body in sections.items() if body}
-    links = " ".join(f'<a href="#{_anchor(heading)}">{escape(heading)}</a>' for heading in sections)
     lead = "".join(map(_headline, headlines))
     notes = "".join(f"<p class=note>{escape(str(note))}</p>" for note in report.get("notes", []))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{escape(title)}</h1>\n<p class=meta>{_subtitle(report)}</p>\n<nav>{links}</nav></header>\n"
-        + (f'<div class="lead">{lead}</div>\n' if lead else "")
-        + notes
-        + "".join(
-            f'\n<section><h2 id="{_anchor(heading)}">{escape(heading)}</h2>\n{body}\n</section>'
-            for heading, body in sections.items()
-        )
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    opening = (f'<div class="lead">{lead}</div>\n' if lead else "") + notes
+    return html.document(title, _subtitle(report), opening, sections)
 
 
 def _headline(headline) -> str:
@@ -117,7 +105,7 @@ def _result_table(report: dict, metric: str) -> str:
         group = "" if family in (None, _family(name)) else " class=group"
         family = _family(name)
         rows.append(f"<tr{group}><th scope=row>{escape(pretty(name))}</th>{cells}</tr>")
-    return _table(["projector", *head], rows)
+    return table(["projector", *head], rows)
 
 
 def _estimate_cell(value: dict | None, metric: str, best: float | None, mean_column: bool) -> str:
@@ -158,10 +146,10 @@ def _comparisons(report: dict, verdicts: Sequence, figures: Figures) -> str:
             mean, low, high = (_signed(number(verdict.difference[key])) for key in ("mean", "low", "high"))
             cells.append(f"<td class={verdict.reading}>{mean}<small>{low} to {high}</small></td>")
         rows.append(f"<tr><th scope=row>{escape(pretty(other))}</th>{''.join(cells)}</tr>")
-    table = _table(["difference in loss to …", *(escape(pretty(p)) for p in pivots)], rows)
+    verdict_table = table(["difference in loss to …", *(escape(pretty(p)) for p in pivots)], rows)
     return (
-        f"{body}<h3>Mean of the trained domains</h3>{table}<p class=note>PivotMerge's loss minus the other's, on the "
-        "same items: <span class=better>green</span> PivotMerge better, <span class=worse>red</span> worse, "
+        f"{body}<h3>Mean of the trained domains</h3>{verdict_table}<p class=note>PivotMerge's loss minus the other's, "
+        "on the same items: <span class=better>green</span> PivotMerge better, <span class=worse>red</span> worse, "
         "<span class=unclear>grey</span> the interval holds zero.</p>"
     )
 
@@ -197,40 +185,39 @@ def _merges(report: dict, figures: Figures) -> str:
     rows = []
     for name, merge in report.get("merges", {}).items():
         given = {key: value for key, value in merge.get("options", {}).items() if value is not None}
-        options = ", ".join(f"{key} {_plain(value)}" for key, value in given.items())
+        options = ", ".join(f"{key} {plain(value)}" for key, value in given.items())
         for i, (layer, found) in enumerate(merge.get("layers", {}).items()):
             norms = ", ".join(f"{expert} {number(norm):.3g}" for expert, norm in found.get("update_norms", {}).items())
-            numbers = "".join(f"<td>{_fixed(found.get(key))}</td>" for key in ("rank", "energy_kept", "rescale"))
+            numbers = "".join(f"<td>{fixed(found.get(key))}</td>" for key in ("rank", "energy_kept", "rescale"))
             rows.append(
                 f"<tr{'' if i else ' class=group'}><th scope=row>{'' if i else escape(pretty(name))}</th>"
                 f"<td class=text>{escape(layer)}</td><td class=text>{escape(norms)}</td>{numbers}"
                 f"<td class=text>{'' if i else escape(options)}</td></tr>"
             )
     if rows:
-        text = '<th class="text" scope=col>{}</th>'
-        heads = ["merge", *map(text.format, ("layer", "norm of each update")), "rank", "energy kept", "rescaled by"]
-        table = _table([*heads, text.format("options")], rows)
-        body += f"<details><summary>Numbers of every merge and layer</summary>{table}</details>"
+        words = map(TEXT_HEAD.format, ("layer", "norm of each update"))
+        heads = ["merge", *words, "rank", "energy kept", "rescaled by", TEXT_HEAD.format("options")]
+        body += html.details("Numbers of every merge and layer", table(heads, rows))
     return body
 
 
 def _tuned(report: dict, figures: Figures) -> str:
     rows = [
         f"<tr><th scope=row>{escape(pretty(name))}</th><td>{escape(str(t.get('option', 'scale')))}</td>"
-        f"<td>{escape(_plain(t.get('best')))}</td>"
-        f"<td class=text>{escape(', '.join(map(_plain, t.get('values', []))))}</td></tr>"
+        f"<td>{escape(plain(t.get('best')))}</td>"
+        f"<td class=text>{escape(', '.join(map(plain, t.get('values', []))))}</td></tr>"
         for name, t in report.get("tuned", {}).items()
     ]
     if not rows:
         return ""
-    head = ["method", "option", "chosen", '<th class="text" scope=col>tried</th>']
-    return _figure("tuning", figures) + _table(head, rows)
+    head = ["method", "option", "chosen", TEXT_HEAD.format("tried")]
+    return _figure("tuning", figures) + table(head, rows)
 
 
 def _data(report: dict) -> str:
     rows = []
     for name, domain in report.get("domains", {}).items():
-        counts = "".join(f"<td>{escape(_plain(domain.get(split)))}</td>" for split in ("train", "calibration", "test"))
+        counts = "".join(f"<td>{escape(plain(domain.get(split)))}</td>" for split in ("train", "calibration", "test"))
         dropped = domain.get("dropped") or {}
         dropped = ", ".join(f"{k} {v}" for k, v in dropped.items()) if isinstance(dropped, dict) else str(dropped)
         rows.append(
@@ -240,16 +227,9 @@ def _data(report: dict) -> str:
         )
     if not rows:
         return ""
-    text = '<th class="text" scope=col>{}</th>'
-    heads = [
-        "domain",
-        "role",
-        "train",
-        "calibration",
-        "test",
-        *map(text.format, ("left out", "licence", "attribution")),
-    ]
-    return _table(heads, rows)
+    words = map(TEXT_HEAD.format, ("left out", "licence", "attribution"))
+    heads = ["domain", "role", "train", "calibration", "test", *words]
+    return table(heads, rows)
 
 
 def _run(report: dict) -> str:
@@ -257,34 +237,19 @@ def _run(report: dict) -> str:
     tables = []
     if seconds:
         rows = [f"<tr><th scope=row>{escape(k)}</th><td>{_duration(number(v))}</td></tr>" for k, v in seconds.items()]
-        tables.append(_table(["stage", "time"], rows))
+        tables.append(table(["stage", "time"], rows))
     for heading in ("machine", "versions"):
-        values = report.get(heading, {})
-        rows = [
-            f"<tr><th scope=row>{escape(k)}</th><td class=text>{escape(_plain(v))}</td></tr>" for k, v in values.items()
-        ]
-        if rows:
-            tables.append(_table([heading, ""], rows))
+        if report.get(heading):
+            tables.append(html.facts(heading, report[heading]))
     body = f"<div class=two>{''.join(tables)}</div>" if tables else ""
     if report.get("config"):
         text = escape(json.dumps(report["config"], indent=2, ensure_ascii=False))
-        body += f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
+        body += html.details("Configuration", f"<pre>{text}</pre>")
     return body
 
 
 def _figure(name: str, figures: Figures) -> str:
-    if name not in figures:
-        return ""
-    png, alt = figures[name]
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    caption = f"<figcaption>{escape(_CAPTIONS[name])}</figcaption>"
-    return f'<figure><img src="{source}" alt="{escape(alt, quote=True)}">{caption}</figure>\n'
-
-
-def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
-    """A table that scrolls inside its own box; heads are HTML, whole <th> where they start with it."""
-    head = "".join(h if h.startswith("<th") else f"<th scope=col>{h}</th>" for h in heads)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    return html.figure(*figures[name], _CAPTIONS[name]) if name in figures else ""
 
 
 def _column_head(report: dict, column: str) -> str:
@@ -300,10 +265,6 @@ def _family(name: str) -> str:
     return "reference" if head in ("w0", "expert", "joint") else "pivot" if head == "pivot" else "baseline"
 
 
-def _anchor(heading: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in heading.lower()).strip("-")
-
-
 def _linked(text: str) -> str:
     """Addresses in an attribution become links (the page loads nothing from them)."""
     words = []
@@ -315,16 +276,6 @@ def _linked(text: str) -> str:
         else:
             words.append(escape(word))
     return " ".join(words)
-
-
-def _plain(value) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _fixed(value) -> str:
-    return "–" if value is None else f"{number(value):.3g}"
 
 
 def _signed(value: float) -> str:

@@ -1,32 +1,28 @@
 """The report's figures. Each function takes the report and returns a Figure with its alternative text, or None where
 the report holds nothing to draw. Figures are made without pyplot: no window, no global state."""
 
-import io
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 
-INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-SERIES = ("#2f6db3", "#d9822b", "#3a9a6b", "#8a5fb0", "#c44e52", "#3aa6b0", "#8c6d31", "#b0578d", "#5f7d95", "#7f7f7f")
-_GOOD_TO_BAD = LinearSegmentedColormap.from_list(
-    "good to bad", ["#1d5f8a", "#5fa3c4", "#d3e6ee", "#f7e9d7", "#e9b583", "#c8693b"]
+from pivotjax.pages.figures import (
+    GOOD_TO_BAD,
+    INK,
+    WIDTH,
+    Plot,
+    blank,
+    colour_of,
+    cosine_map,
+    grid,
+    legend_above,
+    number,
+    png,
+    row_of_axes,
 )
-_AROUND_ZERO = LinearSegmentedColormap.from_list("around zero", ["#c8693b", "#f7e9d7", "#ffffff", "#d3e6ee", "#1d5f8a"])
-_WIDTH = 8.0  # inches; at _DPI twice what the page shows, so that text stays crisp
-_DPI = 170
 
 _NAMES = {"w0": "W0 (start)", "joint": "joint training", "average": "average", "task_arithmetic": "task arithmetic"}
 _NAMES |= {"ties": "TIES", "regmean": "RegMean", "pivot": "PivotMerge"}
-
-
-class Plot(NamedTuple):
-    figure: Figure
-    alt: str  # what a reader who cannot see it should know
 
 
 def pretty(name: str) -> str:
@@ -37,18 +33,6 @@ def pretty(name: str) -> str:
     if head == "pivot" and "calibrated" not in rest:
         rest = ["data-free", *rest]
     return ", ".join([_NAMES.get(head, head.replace("_", " ")), *rest])
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight", facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def number(value: float | None) -> float:
-    """A number of the report; what JSON could not hold (null) is not a number."""
-    return float("nan") if value is None else float(value)
 
 
 def columns(report: dict) -> list[str]:
@@ -65,14 +49,14 @@ def heat_map(report: dict) -> Plot | None:
     names, across = list(report.get("projectors", {})), columns(report)
     if not names or not across:
         return None
-    figure, axes = _axes(2, height=0.34 * len(names) + 1.1, width=_WIDTH * 1.25)
+    figure, axes = row_of_axes(2, height=0.34 * len(names) + 1.1, width=WIDTH * 1.25)
     for axis, metric, title in zip(
         axes, ("loss", "retrieval"), ("loss, nats a token (low is good)", "retrieval accuracy")
     ):
         cells = [[report["projectors"][n].get(c, {}).get(metric, {}).get("mean") for c in across] for n in names]
         values = np.array([[number(v) for v in row] for row in cells])
         shown = _from_best_to_worst(values if metric == "loss" else -values)
-        axis.imshow(np.ma.masked_invalid(shown), cmap=_GOOD_TO_BAD, vmin=0, vmax=1, aspect="auto")
+        axis.imshow(np.ma.masked_invalid(shown), cmap=GOOD_TO_BAD, vmin=0, vmax=1, aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             dark = shown[row, column] < 0.2 or shown[row, column] > 0.95
             text = "–" if not np.isfinite(value) else f"{value:.2f}" if metric == "loss" else f"{100 * value:.0f} %"
@@ -98,7 +82,7 @@ def forest(report: dict) -> Plot | None:
         return None
     panels = list(dict.fromkeys(r["domain"] for r in rows))
     panels.sort(key=where.index)
-    figure, axes = _axes(len(panels), height=0.36 * len(others) + 1.2, sharey=True)
+    figure, axes = row_of_axes(len(panels), height=0.36 * len(others) + 1.2, sharey=True)
     step = 0.72 / max(len(pivots), 1)
     for axis, panel in zip(axes, panels):
         axis.axvline(0, color=INK, linewidth=0.9)
@@ -107,16 +91,16 @@ def forest(report: dict) -> Plot | None:
             drawn = [(others.index(b), d) for b, d in found.items() if b in others and d["mean"] is not None]
             y = np.array([row + (i - (len(pivots) - 1) / 2) * step for row, _ in drawn])
             ends = np.array([[d["low"], d["mean"], d["high"]] for _, d in drawn]).reshape(-1, 3)
-            axis.hlines(y, ends[:, 0], ends[:, 2], color=SERIES[i % len(SERIES)], linewidth=1.6)
-            axis.plot(ends[:, 1], y, "o", color=SERIES[i % len(SERIES)], markersize=4, label=pretty(pivot))
+            axis.hlines(y, ends[:, 0], ends[:, 2], color=colour_of(i), linewidth=1.6)
+            axis.plot(ends[:, 1], y, "o", color=colour_of(i), markersize=4, label=pretty(pivot))
         axis.set_title(
             "mean of the trained domains" if panel == "trained" else f"{panel} (unseen)", loc="left", fontsize=9.5
         )
         axis.set_xlabel("difference in loss; left of 0: PivotMerge is better", fontsize=8)
-        _grid(axis, "x")
+        grid(axis, "x")
     axes[0].set_yticks(range(len(others)), [pretty(n) for n in others], fontsize=8.5)
     axes[0].set_ylim(len(others) - 0.4, -0.6)
-    _legend_above(figure, axes[0], len(pivots))
+    legend_above(figure, axes[0], len(pivots))
     return Plot(figure, "Paired differences in loss between PivotMerge and every other projector with 95 % intervals.")
 
 
@@ -127,17 +111,17 @@ def training_curves(report: dict) -> Plot | None:
     groups = [(title, group["loss curves"]) for title, group in groups if group.get("loss curves")]
     if not groups:
         return None
-    figure, axes = _axes(len(groups), height=2.9, sharey=True)
+    figure, axes = row_of_axes(len(groups), height=2.9, sharey=True)
     for axis, (title, curves) in zip(axes, groups):
         for i, (name, curve) in enumerate(curves.items()):
             steps, losses = np.array([[number(x) for x in point] for point in curve]).reshape(-1, 2).T
-            colour = SERIES[i % len(SERIES)]
+            colour = colour_of(i)
             axis.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.9)
             axis.plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=name)
         axis.set_title(title, loc="left", fontsize=9.5)
         axis.set_xlabel("step", fontsize=8.5)
         axis.legend(frameon=False, fontsize=8)
-        _grid(axis)
+        grid(axis)
     axes[0].set_ylabel("training loss, nats a token", fontsize=8.5)
     return Plot(figure, f"Training loss over steps of {', '.join(n for _, curves in groups for n in curves)}.")
 
@@ -150,13 +134,13 @@ def control(report: dict) -> Plot | None:
     names = [name for name, found in gains.items() if found]
     if not names:
         return None
-    figure, (axis,) = _axes(1, height=0.34 * len(names) + 1.2)
+    figure, (axis,) = row_of_axes(1, height=0.34 * len(names) + 1.2)
     step = 0.76 / len(across)
     for i, domain in enumerate(across):
         drawn = [(names.index(n), gains[n][domain]) for n in names if gains[n].get(domain, {}).get("mean") is not None]
         y = np.array([row + (i - (len(across) - 1) / 2) * step for row, _ in drawn])
         ends = np.array([[g["low"], g["mean"], g["high"]] for _, g in drawn]).reshape(-1, 3)
-        colour = SERIES[i % len(SERIES)]
+        colour = colour_of(i)
         axis.hlines(y, ends[:, 0], ends[:, 2], color=colour, linewidth=1.5)
         axis.plot(
             ends[:, 1], y, "o", color=colour, markersize=3.5, label=_column_title(report, domain).replace("\n", " ")
@@ -165,8 +149,8 @@ def control(report: dict) -> Plot | None:
     axis.set_yticks(range(len(names)), [pretty(n) for n in names], fontsize=8.5)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_xlabel("rise in loss when another item's image is shown, nats a token", fontsize=8.5)
-    _grid(axis, "x")
-    _legend_above(figure, axis, len(across))
+    grid(axis, "x")
+    legend_above(figure, axis, len(across))
     return Plot(figure, "Rise in caption loss when each projector is shown another item's image.")
 
 
@@ -177,14 +161,14 @@ def spectra(report: dict) -> Plot | None:
         return None
     layers = list(dict.fromkeys(layer for found in merges.values() for layer in found))
     experts = max((len(found.get("update_norms", {})) for one in merges.values() for found in one.values()), default=0)
-    figure = _figure(height=2.6 * len(layers))
-    grid = figure.subplots(len(layers), 2, squeeze=False)
-    for row, layer in zip(grid, layers):
+    figure = blank(height=2.6 * len(layers))
+    panels = figure.subplots(len(layers), 2, squeeze=False)
+    for row, layer in zip(panels, layers):
         for i, (name, found) in enumerate(merges.items()):
             spectrum, consensus = (
                 np.array(found.get(layer, {}).get(key) or [], float) for key in ("spectrum", "consensus")
             )
-            colour = SERIES[i % len(SERIES)]
+            colour = colour_of(i)
             if spectrum.size:
                 row[0].plot(
                     np.arange(1, spectrum.size + 1),
@@ -205,8 +189,8 @@ def spectra(report: dict) -> Plot | None:
             row[1].text(0.99, 0.03, "dotted: unrelated experts", transform=row[1].transAxes, ha="right", fontsize=7.5)
         for axis in row:
             axis.set_xlabel("direction", fontsize=8)
-            _grid(axis)
-    _legend_above(figure, grid[0, 0], len(merges))
+            grid(axis)
+    legend_above(figure, panels[0, 0], len(merges))
     return Plot(
         figure, "Spectrum of the shared space and consensus of the experts along its directions, layer by layer."
     )
@@ -218,18 +202,18 @@ def layer_weights(report: dict) -> Plot | None:
     if not merges:
         return None
     experts = list(dict.fromkeys(e for found in merges.values() for layer in found.values() for e in layer["weights"]))
-    figure, axes = _axes(len(merges), height=2.5, sharey=True)
+    figure, axes = row_of_axes(len(merges), height=2.5, sharey=True)
     for axis, (name, found) in zip(axes, merges.items()):
         for i, expert in enumerate(experts):
             heights = [number(layer["weights"].get(expert)) for layer in found.values()]
             x = np.arange(len(found)) + (i - (len(experts) - 1) / 2) * 0.8 / len(experts)
-            axis.bar(x, heights, width=0.74 / len(experts), color=SERIES[i % len(SERIES)], label=expert)
+            axis.bar(x, heights, width=0.74 / len(experts), color=colour_of(i), label=expert)
         axis.axhline(1 / len(experts), color=INK, linewidth=0.9, linestyle=":")
         axis.set_xticks(range(len(found)), list(found), fontsize=8)
         axis.set_title(pretty(name), loc="left", fontsize=9)
-        _grid(axis, "y")
+        grid(axis, "y")
     axes[0].set_ylabel("weight (dotted: equal)", fontsize=8.5)
-    _legend_above(figure, axes[0], len(experts))
+    legend_above(figure, axes[0], len(experts))
     return Plot(figure, f"Weights of the experts {', '.join(experts)} in each layer of each merge.")
 
 
@@ -240,18 +224,11 @@ def cosines(report: dict) -> Plot | None:
         return None
     layers = next(iter(merges.values()))
     size = max(len(found["cosines"]) for found in layers.values())
-    figure, axes = _axes(len(layers), height=0.42 * size + 1.3, width=min(_WIDTH, (1.0 + 0.75 * size) * len(layers)))
+    width = min(WIDTH, (1.0 + 0.75 * size) * len(layers))
+    figure, axes = row_of_axes(len(layers), height=0.42 * size + 1.3, width=width)
     for axis, (layer, found) in zip(axes, layers.items()):
-        values = np.array([[number(x) for x in row] for row in found["cosines"]])
-        experts = list(found.get("update_norms", {})) or [str(k) for k in range(len(values))]
-        axis.imshow(values, cmap=_AROUND_ZERO, vmin=-1, vmax=1, aspect="auto")
-        for (row, column), value in np.ndenumerate(values):
-            axis.text(
-                column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.7 else INK
-            )
-        axis.set_xticks(range(len(experts)), experts, fontsize=8)
-        axis.set_yticks(range(len(experts)), experts, fontsize=8)
-        axis.tick_params(length=0)
+        experts = list(found.get("update_norms", {})) or [str(k) for k in range(len(found["cosines"]))]
+        cosine_map(axis, found["cosines"], experts)
         axis.set_title(layer, loc="left", fontsize=9.5)
     return Plot(figure, "Cosines between the experts' updates in each layer.")
 
@@ -261,21 +238,21 @@ def tuning(report: dict) -> Plot | None:
     tuned = {name: t for name, t in report.get("tuned", {}).items() if t.get("values")}
     if not tuned:
         return None
-    figure, (axis,) = _axes(1, height=3.1)
+    figure, (axis,) = row_of_axes(1, height=3.1)
     for i, (name, found) in enumerate(tuned.items()):
         losses = np.array([number(x) for x in found["loss"]])
         order = np.argsort(found["values"])
         values = np.array(found["values"], float)
-        axis.plot(values[order], losses[order], ".-", color=SERIES[i % len(SERIES)], linewidth=1.4, label=pretty(name))
+        axis.plot(values[order], losses[order], ".-", color=colour_of(i), linewidth=1.4, label=pretty(name))
         if found.get("best") in found["values"]:
             best = found["values"].index(found["best"])
-            axis.plot(values[best], losses[best], "o", color=SERIES[i % len(SERIES)], markersize=8, fillstyle="none")
+            axis.plot(values[best], losses[best], "o", color=colour_of(i), markersize=8, fillstyle="none")
     axis.set_xlabel(
         " / ".join(dict.fromkeys(t.get("option", "scale") for t in tuned.values())) + " (ring: chosen)", fontsize=8.5
     )
     axis.set_ylabel("calibration loss, nats a token", fontsize=8.5)
     axis.legend(frameon=False, fontsize=8, ncols=2)
-    _grid(axis)
+    grid(axis)
     return Plot(figure, f"Calibration loss over the scale of {', '.join(pretty(n) for n in tuned)}.")
 
 
@@ -306,17 +283,6 @@ def _layers_with(report: dict, key: str) -> dict[str, dict[str, dict]]:
     return {name: layers for name, layers in merges.items() if layers}
 
 
-def _figure(height: float, width: float = _WIDTH) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _axes(count: int, height: float, width: float = _WIDTH, **options) -> tuple[Figure, list[Axes]]:
-    figure = _figure(height, width)
-    return figure, list(figure.subplots(1, count, squeeze=False, **options)[0])
-
-
 def _column_title(report: dict, column: str) -> str:
     if column == "trained":
         return "mean of\ntrained"
@@ -335,22 +301,6 @@ def _from_best_to_worst(values: np.ndarray) -> np.ndarray:
 def _frame_column(axis: Axes, column: int, rows: int) -> None:
     axis.plot([column - 0.5, column + 0.5, column + 0.5, column - 0.5, column - 0.5],
               [-0.5, -0.5, rows - 0.5, rows - 0.5, -0.5], color=INK, linewidth=1.2, clip_on=False)  # fmt: skip
-
-
-def _grid(axis: Axes, which: str = "both") -> None:
-    axis.grid(True, axis=which, color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(colors=FAINT, labelsize=8, labelcolor=INK)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color(GRID)
-
-
-def _legend_above(figure: Figure, axis: Axes, count: int) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(count, 4), frameon=False, fontsize=8)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pivotjax.evaluation import page, plots
-from pivotjax.evaluation.plots import number, pretty
+from pivotjax.evaluation.plots import pretty
 from pivotjax.files import output_folder, read_json, write_bytes, write_json
+from pivotjax.pages.figures import number
 
 FORMAT = 1
 

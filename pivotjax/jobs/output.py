@@ -16,6 +16,12 @@ def claim(out: Path, config: Any) -> None:
     A config alone, left by a run that ended before it wrote anything, is no output.
     """
     files.output_folder(out)
+    check(out, config)
+    files.write_bytes(out / "config.yaml", configs.to_yaml(config).encode())
+
+
+def check(out: Path, config: Any) -> None:
+    """InputError if another config's output is in `out`."""
     saved = out / "config.yaml"
     if saved.exists() and any(path != saved for path in out.iterdir()):
         before, now = _flat(configs.read_yaml(saved)), _flat(configs.resolved(config))
@@ -25,7 +31,6 @@ def claim(out: Path, config: Any) -> None:
                     f"{out} holds output made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
                     "give another --out, or remove that folder"
                 )
-    files.write_bytes(saved, configs.to_yaml(config).encode())
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

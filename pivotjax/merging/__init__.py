@@ -106,7 +106,7 @@ def _apply(chosen: Method, seen: Updates, calibration: Calibration | None, optio
     varying = [option for option, value in options.items() if settings.differs(value)]
     if not varying:
         return chosen.function(seen, **extra, **options)
-    groups = settings.by_tensor(seen.layout, options)
+    groups = settings.by_tensor(seen.layout, options, together=chosen.scope != "tensor")
     if calibration is not None or any(chosen.scope_at(plain) == "model" for _, plain in groups):
         raise InputError(f"merge method {chosen.name!r} merges all tensors together, so {varying[0]} cannot differ "
                          "from tensor to tensor; give one value")
@@ -115,7 +115,7 @@ def _apply(chosen: Method, seen: Updates, calibration: Calibration | None, optio
     exceptions: dict[str, str] = {}
     for indices, plain in groups:
         part = seen.subset(indices)
-        merged = chosen.function(part, **extra, **plain)
+        merged = chosen.function(part, **extra, **registry.resolve(chosen, plain, seen.names))
         leaves |= dict(zip(sorted(indices, key=lambda i: seen.layout.paths[i]), merged.leaves))
         layers |= merged.layers
         exceptions |= merged.exceptions

@@ -349,7 +349,7 @@ def checked_gram(given: Array, layer: Layer, leading: tuple[int, ...], updates: 
 
 
 def own_fishers(calibration: Calibration, updates: Updates) -> list[Array]:
-    """`calibration.fisher` of the experts, checked: one `[K, ...]` a leaf, in the updates' dtype.
+    """`calibration.fisher` of the experts, checked: one `[K, ...]` a leaf.
 
     Raises:
         InputError: another structure or shape than the experts', a value that is not finite.
@@ -362,18 +362,16 @@ def own_fishers(calibration: Calibration, updates: Updates) -> list[Array]:
 
 
 def pooled_gradient(
-    calibration: Calibration, updates: Updates, update: Sequence[Array], objective: Objective
+    calibration: Calibration, updates: Updates, params: PyTree, objective: Objective
 ) -> tuple[Array, list[Array]]:
-    """`calibration.loss_gradient` of base + `update`: the loss and its gradient; one array a leaf, both times."""
-    params = jax.tree.map(lambda leaf: leaf[None], updates.parameters(update))
+    """`calibration.loss_gradient` of P projectors shaped like the experts, checked: `[P]`, one `[P, ...]` a leaf."""
     loss, gradient = calibration.loss_gradient(params, objective)
-    leaves = _checked_leaves(gradient, updates, 1, "gradient of the loss")
-    return loss[0], [leaf[0] for leaf in leaves]
+    return loss, _checked_leaves(gradient, updates, loss.shape[0], "gradient of the loss")
 
 
 def _checked_leaves(tree: PyTree, updates: Updates, count: int, what: str) -> list[Array]:
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, tree))
     expected = [(count, *shape) for shape in updates.layout.shapes]
     if treedef != updates.layout.treedef or [leaf.shape for leaf in leaves] != expected:
         raise InputError(f"calibration: the {what} must have the experts' structure, and a leading axis of {count}")
-    return [leaf.astype(updates.dtype) for leaf in leaves]
+    return leaves

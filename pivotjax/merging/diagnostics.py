@@ -13,7 +13,7 @@ from pivotjax.merging.spectral import matmul, transpose
 from pivotjax.merging.updates import Updates, batched
 
 _DIRECTIONS = 64  # so many leading directions go into a report
-_EXACT = 1280  # up to this smaller side an eigenproblem is quicker than a range finder that would have to be accurate
+_EXACT = 1024  # up to this smaller side an eigenproblem costs little more than a range finder
 _ITERATIONS = 6  # of the range finder beyond it
 _ROWS = 64  # of a layer that the sign statistics take at once, so that they stay in the cache
 
@@ -53,8 +53,9 @@ def full(updates: Updates, merged: list[jax.Array]) -> dict[str, dict]:
     Returns:
         `{layer: facts}` as `brief`. Lists over directions hold the leading r = min(64, d_out, d_in). Facts:
 
+        - "shape" `[d_out, d_in]`, the bias as one more input.
         - "update_norms" `{expert: |D_k|}` (Frobenius) and "cosines" `[K][K]`, `<D_j, D_k> / (|D_j| |D_k|)`.
-        - "singular_values" `{expert: [r]}`, descending. Exact where the smaller side of the layer is at most 1280;
+        - "singular_values" `{expert: [r]}`, descending. Exact where the smaller side of the layer is at most 1024;
           beyond it a randomized range finder with 6 subspace iterations (Halko, Martinsson, Tropp 2011): exact for
           spectra that fall off, 3 % of the largest value low on the flat spectrum of white noise.
         - "effective_rank" `{expert: x}`, the participation ratio `(sum_i s_i^2)^2 / sum_i s_i^4` over *all* singular
@@ -86,7 +87,7 @@ def full(updates: Updates, merged: list[jax.Array]) -> dict[str, dict]:
             for key in ("distance", "cosine"):
                 facts["merge"][key] = by_expert(updates, facts["merge"][key])
             facts["subspace_overlap"] = {side: dict(zip(pairs, c)) for side, c in facts["subspace_overlap"].items()}
-            report[label] = facts
+            report[label] = {"shape": list(layer.matrix_shape), **facts}
     return report
 
 
@@ -95,7 +96,9 @@ Facts = dict[str, Any]  # arrays, nested
 
 @jax.jit
 def _facts(updates: Updates, merged: list[jax.Array]) -> dict[str, Facts]:
-    """`{layer: facts [n, ...]}`; matrices one after another, so that one's intermediates are in memory at a time."""
+    """`{layer: facts [n, ...]}`, by `lax.map` over matrices, experts and pairs, not batched: the intermediates of one are
+    in memory at a time, and no LAPACK call has a batch. Two batched ones in one program can wait for each other for
+    ever, each inside a thread of XLA's pool on the CPU (jaxlib 0.10)."""
     leaves = tuple(leaf.astype(updates.dtype)[None] for leaf in merged)
     merge = Updates(("merged",), updates.layout, None, leaves)
 
@@ -107,7 +110,7 @@ def _facts(updates: Updates, merged: list[jax.Array]) -> dict[str, Facts]:
 
 def _matrix_facts(update: jax.Array, merged: jax.Array) -> Facts:
     """`full` in arrays, of one matrix: updates `[K, d_out, d_in]`, merged `[d_out, d_in]`."""
-    left, sizes, right = _leading(update)
+    left, sizes, right = jax.lax.map(_leading, update)
     signs, inner = _signs(update)
     norms, length = jnp.sqrt(jnp.diagonal(inner)), jnp.sqrt(_total(merged * merged))
     return {
@@ -129,13 +132,11 @@ def _matrix_facts(update: jax.Array, merged: jax.Array) -> Facts:
 
 
 def _leading(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Leading singular triplets of `[..., m, n]`; columns of directions without size are 0 on both sides."""
-    rank, side = min(_DIRECTIONS, *x.shape[-2:]), min(x.shape[-2:])
-    left, sizes, right = (
-        spectral.svd(x, rank) if side <= _EXACT else spectral.randomized(x, rank, iterations=_ITERATIONS)
-    )
-    some = (sizes > 0)[..., None, :]
-    return left * some, sizes, right * some
+    """Leading singular triplets of `[m, n]`; columns of directions without size are 0 on both sides."""
+    rank = min(_DIRECTIONS, *x.shape)
+    exact = min(x.shape) <= _EXACT
+    left, sizes, right = spectral.svd(x, rank) if exact else spectral.randomized(x, rank, iterations=_ITERATIONS)
+    return left * (sizes > 0), sizes, right * (sizes > 0)
 
 
 def _effective_rank(x: jax.Array) -> jax.Array:
@@ -152,8 +153,8 @@ def _overlaps(basis: jax.Array, update: jax.Array) -> jax.Array:
     leading = min(basis.shape[-1], max(1, min(d_out, d_in) // 4))
     if experts == 1:
         return jnp.zeros((0, leading), basis.dtype)
-    first, second = np.array(list(combinations(range(experts), 2))).T
-    return spectral.principal_cosines(basis[first, :, :leading], basis[second, :, :leading])
+    spaces, pairs = basis[..., :leading], jnp.array(list(combinations(range(experts), 2)))
+    return jax.lax.map(lambda pair: spectral.principal_cosines(spaces[pair[0]], spaces[pair[1]]), pairs)
 
 
 def _shared_directions(update: jax.Array) -> Facts:

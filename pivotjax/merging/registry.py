@@ -89,6 +89,10 @@ class Method:
         """What the method must see together at these (resolved) options."""
         return self.scope if isinstance(self.scope, str) else self.scope(options)
 
+    def takes_experts(self, option: str) -> bool:
+        """Whether the option may have a value for each expert."""
+        return ExpertValues in _alternatives(self.types[option])
+
     @property
     def summary(self) -> str:
         return (self.function.__doc__ or "").strip().splitlines()[0]
@@ -209,16 +213,22 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 def _mismatch(value: Any, annotation: Any, experts: Sequence[str]) -> str | None:
     """Why `value` is not one of the annotation's alternatives (the one it was meant for); None where it is."""
     if isinstance(value, list):  # differs a tensor: every value that it can take is checked
-        problems = (settings.problem(value), *(_mismatch(v, annotation, experts) for v in settings.values(value)))
-        return next(filter(None, problems), None)
+        return settings.problem(value) or _first(_mismatch(v, annotation, experts) for v in settings.values(value))
     if isinstance(value, Mapping) and any(isinstance(v, list) for v in value.values()):
-        return next(filter(None, (_mismatch(dict(value) | {name: inner}, annotation, experts)
-                                  for name, setting in value.items() if isinstance(setting, list)
-                                  for inner in settings.values(setting))), None)
+        broken = _first(settings.problem(v) for v in value.values() if isinstance(v, list))
+        if broken:
+            return broken
+        some = {name: settings.values(v)[0] for name, v in value.items()}
+        return _first(_mismatch(some | {name: inner}, annotation, experts)
+                      for name, v in value.items() for inner in settings.values(v))
     alternatives = _alternatives(annotation)
     problems = [_mismatch_one(value, alternative, experts) for alternative in alternatives]
     meant = alternatives.index(ExpertValues) if isinstance(value, Mapping) and ExpertValues in alternatives else 0
     return None if None in problems else problems[meant]
+
+
+def _first(problems: typing.Iterable[str | None]) -> str | None:
+    return next(filter(None, problems), None)
 
 
 def _mismatch_one(value: Any, annotation: Any, experts: Sequence[str]) -> str | None:
@@ -247,12 +257,10 @@ def _mismatch_experts(value: Any, experts: Sequence[str]) -> str | None:
     for name, number in value.items():
         if experts and name not in experts:
             return f"no expert is called {name!r}{nearest(name, experts)}"
-        if _mismatch_one(number, NotNegative, ()):
-            return f"{number!r} of expert {name!r} must be a number, at least 0"
+        if _mismatch_one(number, float, ()):
+            return f"{number!r} of expert {name!r} must be a number"
     missing = [name for name in experts if name not in value]
-    if missing:
-        return f"no value for expert {missing[0]!r}"
-    return None if sum(value.values()) > 0 else "all values are 0"
+    return f"no value for expert {missing[0]!r}" if missing else None
 
 
 def _spell(annotation: Any) -> str:

@@ -58,8 +58,10 @@ def test_command_line_merges_the_same(command, family, tmp_path, method):
     assert saved.info["merged_from"]["dogs"] == projector.fingerprint(dogs)
     report = json.loads((tmp_path / "out/merge_report.json").read_text())
     assert report["method"] == method and report["experts"] == ["cats", "dogs"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == report["files"] == [
+        "README.md",
         "config.yaml",
+        "merge_report.html",
         "merge_report.json",
         "mm_projector.safetensors",
         "projector",
@@ -72,7 +74,8 @@ def test_safetensors_experts_and_dtype(command, family, tmp_path):
         torch_bridge.save_torch(family.folder / f"{name}.safetensors", params, info)
     text = family.recipe.read_text().replace("cats", "cats.safetensors").replace("dogs", "dogs.safetensors")
     family.recipe.write_text(text.replace("w0", "w0.safetensors"))
-    assert command("merge", family.recipe, "--dtype", "bfloat16", "--parameters.scale", 0.5).status == 0
+    options = ("--dtype", "bfloat16", "--parameters.scale", 0.5, "--format", "orbax")
+    assert command("merge", family.recipe, *options).status == 0
     saved = store.load_projector(tmp_path / "out/projector")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(saved.params)} == {"bfloat16"}
     assert saved.info["merge"]["options"]["scale"] == 0.5

@@ -208,7 +208,7 @@ def test_no_space_left_for_a_merge(refused, command, family, tmp_path):
     with small_disk(700):
         line = refused("merge", family.recipe)
     assert "cannot write" in line and "space" in line
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["family", "recipe.yaml"]
     assert command("merge", family.recipe).status == 0  # and once there is space, it works
 
 

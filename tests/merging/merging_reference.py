@@ -24,7 +24,7 @@ def ties(base, experts, density=0.2, scale=1.0, weights=None, normalize=True):
     trimmed = []
     for w, expert in zip(weights, experts):
         update = (expert - base).ravel()
-        keep = max(1, int(np.floor(density * update.size + 1e-6)))
+        keep = max(1, int(density * update.size))
         threshold = np.sort(np.abs(update))[-keep]
         trimmed.append(w * np.where(np.abs(update) >= threshold, update, 0))
     merged = np.zeros(base.size)

@@ -46,20 +46,11 @@ def fisher(base, experts, *, world, normalize=False, floor=1e-6, weights=None, s
     return merged
 
 
-def caption_loss(flat):
-    kernels = [leaf for path, leaf in flat.items() if path.endswith("weight")]
-    biases = [leaf for path, leaf in flat.items() if path.endswith("bias")]
-    return sum(np.mean(k**2) for k in kernels) + sum(np.mean(np.abs(b)) for b in biases)
-
-
-def entropy(flat):
-    kernels = [leaf for path, leaf in flat.items() if path.endswith("weight")]
-    biases = [leaf for path, leaf in flat.items() if path.endswith("bias")]
-    return sum(np.mean(np.log1p(k**4)) for k in kernels) + sum(np.mean(b**2) for b in biases)
+def smooth_loss(flat, objective):
+    return sum(np.mean(leaf**2 if objective == "caption" else np.log1p(leaf**4)) for leaf in flat.values())
 
 
 def adamerging(base, experts, *, world=None, objective="caption", per="layer", init=0.3, lr=1e-3, steps=500, scale=1.0):
-    loss = {"caption": caption_loss, "entropy": entropy}[objective]
     layers = list(dict.fromkeys(path.split("/")[0] for path in base)) if per == "layer" else [None]
     lambdas = np.full((len(layers), len(experts)), init)
 
@@ -76,7 +67,8 @@ def adamerging(base, experts, *, world=None, objective="caption", per="layer", i
         for place in np.ndindex(lambdas.shape):
             move = np.zeros_like(lambdas)
             move[place] = _STEP
-            slopes[place] = (loss(merge(lambdas + move)) - loss(merge(lambdas - move))) / (2 * _STEP)
+            ends = [smooth_loss(merge(lambdas + sign * move), objective) for sign in (1, -1)]
+            slopes[place] = (ends[0] - ends[1]) / (2 * _STEP)
         first = 0.9 * first + 0.1 * slopes
         second = 0.999 * second + 0.001 * slopes**2
         lambdas -= lr * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)

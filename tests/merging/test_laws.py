@@ -14,11 +14,13 @@ import pytest
 from small_world import flat, from_flat, make_world, matrices, numpy_inputs
 
 import pivotjax
+from pivotjax import InputError
 from pivotjax.merging.registry import LAWS, METHODS
 
 CASES = [(name, calibrated) for name, m in METHODS.items() for calibrated in (False, True)
          if m.takes_calibration == calibrated or (m.takes_calibration and "calibration" not in m.needs)]
 LAW_CASES = [(name, calibrated, law) for name, calibrated in CASES for law in LAWS]
+PAIRS = ("slerp", "nuslerp")  # between exactly two experts
 
 
 # Every file `reference_*.py` beside this one holds references of one family: `{method: function(base, experts,
@@ -93,7 +95,11 @@ def differ(a, b):
 def test_law(name, calibrated, law):
     """Where a law is declared it holds; where it is not, or only at other options, the defaults follow the formula."""
     options = METHODS[name].laws.get(law)
-    world = law_world(law)
+    world = law_world(law, count=2 if name in PAIRS else 3)
+    if law == "single" and name in PAIRS:
+        with pytest.raises(InputError, match="two experts, and here are 1"):
+            run(world, name)
+        return
     if options is None or options:
         result = run(world, name, calibrated).params
         assert_close(result, expected(world, name, calibrated))
@@ -102,20 +108,20 @@ def test_law(name, calibrated, law):
         check(world, lambda w: run(w, name, calibrated, **options).params)
 
 
-def law_world(law):
+def law_world(law, count):
     if law == "identical":
-        world = make_world()
+        world = make_world(count)
         first = next(iter(world.experts.values()))
         world.experts = dict.fromkeys(world.experts, first)
         return world
     if law == "single":
         return make_world(count=1)
     if law == "zero":
-        world = make_world()
+        world = make_world(count)
         world.experts = dict.fromkeys(world.experts, world.base)
         return world
     # A layer's inputs must not depend on the updates for a rescaling to pass through: one layer.
-    return make_world(sizes=(7, 6)) if law == "homogeneous" else make_world()
+    return make_world(count, sizes=(7, 6)) if law == "homogeneous" else make_world(count)
 
 
 def check_identical(world, method):
@@ -161,8 +167,9 @@ def test_every_declared_law_is_known():
 
 
 @pytest.mark.parametrize("name, calibrated", [c for c in CASES if c[0] != "average"])
-def test_no_method_is_the_plain_average_in_disguise(world, name, calibrated):
+def test_no_method_is_the_plain_average_in_disguise(name, calibrated):
     """A public merging library's baselines silently fell back to averaging for a year."""
+    world = make_world(count=2 if name in PAIRS else 3)
     average = run(world, "average").params
     assert differ(run(world, name, calibrated).params, average) > 0.05
 
@@ -227,8 +234,9 @@ def test_float64_input_is_merged_in_float64(name, options):
 
 
 @pytest.mark.parametrize("name, calibrated", [c for c in CASES if c[0] not in ("average",)])
-def test_merges_are_affine_in_their_scale(world, name, calibrated):
+def test_merges_are_affine_in_their_scale(name, calibrated):
     """Tuning counts on it: one merge at scale 1 stands for all."""
+    world = make_world(count=2 if name in PAIRS else 3)
     base = matrices(world.base)
     at_one = matrices(run(world, name, calibrated, scale=1.0).params)
     want = {n: m + 0.3 * (at_one[n] - m) for n, m in base.items()}

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from pivotjax.merging.registry import Count, Merged, Positive, method
 from pivotjax.merging.updates import Array, Layout, Updates, is_traced
 from pivotjax.progress import Bar
 
+PyTree = Any
 Lambdas = Array | dict[str, Array]  # `[K]` for all leaves, or `{unit: [K, *lead]}`
 
 
@@ -56,7 +57,8 @@ def adamerging(
         per: a coefficient for each expert and `layer`, or one for each expert (the paper's task-wise form).
         init: of all coefficients (the paper's).
         lr: of Adam, betas .9 and .999 (the authors' code).
-        steps: of Adam (the authors' code).
+        steps: of Adam (the authors' code). Where a step is slow, fewer larger ones: on three experts through
+            SmolLM2-135M the caption loss settled within 10 steps at lr .05, on which the entropy oscillates.
         scale: factor on the merged update after the coefficients are learned.
     """
     lambdas = _initial(updates, init, per)
@@ -86,14 +88,20 @@ def _learn(step, state: tuple[Lambdas, optax.OptState], steps: int) -> tuple[Lam
 def _step(updates: Updates, calibration: Calibration, objective: Objective, lr: float, state, _=None):
     """One step of Adam: `((lambdas, its state), loss before the step)`."""
     lambdas, moments = state
-    loss, gradient = pooled_gradient(calibration, updates, _merged(updates, lambdas), objective)
-    return _stepped(updates, lambdas, moments, gradient, lr), loss
+    losses, gradients = pooled_gradient(calibration, updates, _candidate(updates, lambdas), objective)
+    return _stepped(updates, lambdas, moments, gradients, lr), losses[0]
 
 
 @jax.jit
-def _stepped(updates: Updates, lambdas: Lambdas, moments: optax.OptState, gradient: list[Array], lr: float):
+def _candidate(updates: Updates, lambdas: Lambdas) -> PyTree:
+    """The merge's parameters, as a stack of one."""
+    return jax.tree.map(lambda leaf: leaf[None], updates.parameters(_merged(updates, lambdas)))
+
+
+@jax.jit
+def _stepped(updates: Updates, lambdas: Lambdas, moments: optax.OptState, gradients: list[Array], lr: float):
     _, transposed = jax.vjp(partial(_merged, updates), lambdas)
-    (slopes,) = transposed(gradient)
+    (slopes,) = transposed([gradient[0].astype(updates.dtype) for gradient in gradients])
     change, moments = optax.adam(lr).update(slopes, moments)
     return optax.apply_updates(lambdas, change), moments
 

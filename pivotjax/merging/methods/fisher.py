@@ -41,15 +41,16 @@ def fisher(
             gradients (the authors' code divides by the norm).
         floor: the smallest weight, relative: with m the mean of the `F_k` over all experts and entries (with
             `normalize`: of each expert's own), `F_k` becomes `max(F_k / m, floor)`. An entry in which all experts are
-            below it is their plain average. The authors' code takes 1e-6 as it is; gradients of a projector are
-            small enough for that to be most entries.
-        weights: a factor on each expert's floored `F_k` by name; None: 1 each.
+            below it is their average (by `weights`). The authors' code takes 1e-6 as it is, in the units of the loss.
+        weights: a factor on each expert's floored `F_k` by name, at least 0; None: 1 each.
         scale: factor on the merged update; without a base there is none, and it must be 1.
     """
     if scale != 1 and not updates.has_base:
         raise InputError("fisher scales an update, which is measured from a base: give one, or leave scale at 1")
+    if weights is not None and min(weights.values()) < 0:
+        raise InputError("fisher divides by a sum of weights: give weights of at least 0")
+    weight = expert_weights(updates, weights, normalize=True)
     fishers = own_fishers(calibration, updates)
-    weight = expert_weights(updates, weights, normalize=False)
     leaves, shares = _fisher(updates, fishers, weight, normalize, floor, scale)
     facts = {
         label: {"weights": by_expert(updates, share)}
@@ -64,6 +65,7 @@ def _fisher(
     updates: Updates, fishers: list[Array], weight: Array, normalize: bool, floor: float, scale: float
 ) -> tuple[list[Array], dict[str, Array]]:
     """Merged leaves, and each expert's share a layer, `{layer: [n, K]}`."""
+    fishers = [leaf.astype(updates.dtype) for leaf in fishers]
     entries = sum(leaf[0].size for leaf in fishers)
     own = sum(_row_sums(leaf).sum(-1) for leaf in fishers) / entries
     unit = jnp.where(normalize, own, own.mean())

@@ -1,13 +1,15 @@
 """TIES: trim, elect signs, merge what agrees."""
 
-import math
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from pivotjax.merging.elementwise import by_expert, cuts, each, fuse, kept, rescaled, sizes
 from pivotjax.merging.methods.average import expert_weights
 from pivotjax.merging.registry import ExpertValues, Fraction, Merged, method
-from pivotjax.merging.updates import Updates
+from pivotjax.merging.updates import Array, Updates
 
 
 @method(
@@ -32,6 +34,7 @@ def ties(
     scale: float = 1.0,
     weights: ExpertValues | None = None,
     normalize: bool = True,
+    rescale: Literal["none", "norm"] = "none",
 ) -> Merged:
     """Trimmed updates whose signs agree, averaged.
 
@@ -41,46 +44,23 @@ def ties(
     Args:
         updates: K experts measured from their base.
         density: share of each tensor's entries that is kept, one for all experts or one each; at least one entry
-            is kept, and entries as large as the smallest kept one are kept too.
+            is kept (none at a density of 0), and entries as large as the smallest kept one are kept too.
         scale: lambda, on the merged update.
-        weights: a factor for each expert by name, applied before the election; None: 1 each.
+        weights: a factor for each expert by name, applied before the election; None: 1 each. Where the weighted sum
+            is exactly 0 no sign is elected and the entry is 0.
         normalize: True: weighted mean of the agreeing entries; False: their weighted sum.
+        rescale: `norm`: each trimmed tensor gets back the sum of magnitudes it had; `none`: it does not.
     """
-    densities = [density[name] if isinstance(density, dict) else density for name in updates.names]
-    kept = [jnp.array([_kept(share, math.prod(shape)) for share in densities]) for shape in updates.layout.shapes]
+    shares = by_expert(updates, density)
+    smallest = cuts(updates, [[[kept(share, size)] for share in shares] for size in sizes(updates.layout)])
     weight = expert_weights(updates, weights, normalize=False)
-    return Merged(_ties(updates, kept, weight, scale, normalize))
+    return Merged(_ties(updates, smallest, weight, scale, normalize, rescale))
 
 
-def _kept(share: float, size: int) -> int:
-    return min(size, max(1, math.floor(share * size + 1e-6)))
+@partial(jax.jit, static_argnums=(4, 5))
+def _ties(updates: Updates, smallest: list[list[Array]], weight: Array, scale: float, normalize: bool, rescale: str):
+    def trimmed(update: Array, cut: Array) -> Array:
+        return rescaled(update, jnp.abs(update) >= cut[0], 1, rescale)
 
-
-@jax.jit
-def _ties(updates: Updates, kept: list[jax.Array], weight: jax.Array, scale: float, normalize: bool):
-    return [scale * _ties_leaf(leaf, keep, weight, normalize) for leaf, keep in zip(updates.stacked, kept)]
-
-
-def _ties_leaf(leaf: jax.Array, kept: jax.Array, weight: jax.Array, normalize: bool) -> jax.Array:
-    flat = leaf.reshape(leaf.shape[0], -1)
-    size = jnp.abs(flat)
-    threshold = jax.vmap(_largest)(size, kept)[:, None]
-    trimmed = weight[:, None] * jnp.where(size >= threshold, flat, 0)
-    agrees = (trimmed != 0) & (jnp.sign(trimmed) == jnp.sign(trimmed.sum(0)))
-    total = jnp.where(agrees, trimmed, 0).sum(0)
-    share = jnp.where(agrees, weight[:, None], 0).sum(0)
-    mean = total / jnp.where(share > 0, share, 1)
-    return jnp.where(normalize, mean, total).reshape(leaf.shape[1:])
-
-
-def _largest(values: jax.Array, count: jax.Array) -> jax.Array:
-    """The `count`-th largest of `values` [N], all at least 0, by bisection on their bits (they order as integers):
-    exact, and much cheaper than a sort."""
-    bits = jax.lax.bitcast_convert_type(values, f"int{8 * values.dtype.itemsize}")
-
-    def halve(step: int, low: jax.Array) -> jax.Array:
-        middle = low | (jnp.ones_like(low) << (8 * values.dtype.itemsize - 2 - step))
-        return jnp.where((bits >= middle).sum() >= count, middle, low)
-
-    low = jax.lax.fori_loop(0, 8 * values.dtype.itemsize - 1, halve, jnp.zeros((), bits.dtype))
-    return jax.lax.bitcast_convert_type(low, values.dtype)
+    return [scale * fuse(list(map(trimmed, leaf, leaf_cuts)), weight, elect=True, normalize=normalize)
+            for leaf, leaf_cuts in zip(each(updates), smallest)]

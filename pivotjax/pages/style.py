@@ -1,4 +1,4 @@
-"""The report page's style sheet. It names no file and no font that would have to be loaded."""
+"""The style sheet of all pages. It names no file and no font that would have to be loaded."""
 
 STYLE = """\
 :root { --ink: #1f2933; --soft: #52606d; --faint: #7b8794; --line: #e4e7eb; --wash: #f7f9fb; --blue: #2f6db3;

@@ -1,0 +1,184 @@
+"""What methods that treat a tensor as one long vector share: sums, order statistics, election of signs.
+
+All functions are for use inside a jitted kernel (except `cuts`, which calls one itself). They are shaped by what XLA's
+CPU compiler does well: K experts are K arrays in a Python list, not one stack, so that a fused loop reads each once;
+sums go over the last axis first, which is vectorised and shared among threads.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pivotjax.merging.updates import Array, Layout, Updates
+
+On = Literal["updates", "weights"]
+Rescale = Literal["expected", "norm", "none"]
+
+
+def each(updates: Updates, on: On = "updates") -> list[list[Array]]:
+    """Each leaf's K updates (or weights), an array an expert."""
+    bases = updates.base if on == "updates" and updates.has_base else [None] * len(updates.experts)
+    return [[_update(leaf[k], base, updates.dtype) for k in range(len(updates.names))]
+            for leaf, base in zip(updates.experts, bases)]
+
+
+def _update(expert: Array, base: Array | None, dtype: Any) -> Array:
+    return expert.astype(dtype) - (0 if base is None else base.astype(dtype))
+
+
+def by_expert(updates: Updates, value: float | Mapping[str, float]) -> list[float]:
+    """An option that is one number, or one for each expert by name, as K numbers in the experts' order."""
+    return [value[name] if isinstance(value, Mapping) else value for name in updates.names]
+
+
+def input_axes(layout: Layout) -> list[int]:
+    """The axis along which an output's entries lie, a leaf: -2 for a `kernel`, else the last."""
+    kernels = {layer.weight for layer in layout.layers if layer.transposed}
+    return [-2 if i in kernels else -1 for i in range(len(layout.paths))]
+
+
+def vectors(layout: Layout) -> list[str]:
+    """Paths of the leaves with a single axis (or none)."""
+    return [path for path, shape in zip(layout.paths, layout.shapes) if len(shape) < 2]
+
+
+def by_layer(layout: Layout, facts: Sequence[dict]) -> dict[str, dict]:
+    """Facts for each leaf -> facts for each layer's label: those of its weight."""
+    return {label: facts[layer.weight] for layer in layout.layers for label in layer.labels()}
+
+
+def total(x: Array) -> Array:
+    """The sum of all entries."""
+    # The barrier keeps XLA from making one reduction of the two: a reduction to a scalar runs on one core.
+    return jax.lax.optimization_barrier(x.sum(-1)).sum() if x.ndim else x
+
+
+def inner(pieces: Sequence[Array]) -> Array:
+    """Inner products `[K, K]` of K arrays as vectors."""
+    count = len(pieces)
+    products = {(i, j): total(pieces[i] * pieces[j]) for i in range(count) for j in range(i, count)}
+    return jnp.array([[products[min(i, j), max(i, j)] for j in range(count)] for i in range(count)])
+
+
+def divide(a: Array, b: Array) -> Array:
+    """`a / b`, and `a` where b is 0."""
+    return a / jnp.where(b == 0, 1, b)
+
+
+def weighted(pieces: Sequence[Array], weight: Array) -> list[Array]:
+    """`weight[k] * pieces[k]`."""
+    return [w * piece for w, piece in zip(weight.astype(pieces[0].dtype), pieces)]
+
+
+def fuse(pieces: Sequence[Array], weight: Array, elect: bool, normalize: bool) -> Array:
+    """One update from K (sparse) ones.
+
+    Args:
+        pieces: K arrays of one shape.
+        weight: `[K]`.
+        elect: False: `sum_k weight_k pieces_k`, divided by the sum of the weights where `normalize`. True: TIES'
+            election (arXiv 2306.01708): each entry keeps the experts whose sign is that of the weighted sum, and
+            `normalize` divides by those experts' weights.
+        normalize: see there.
+    """
+    values = weighted(pieces, weight)
+    if not elect:
+        return divide(sum(values), weight.sum().astype(values[0].dtype)) if normalize else sum(values)
+    merged, share = agreeing(values, values, weight)
+    return divide(merged, share) if normalize else merged
+
+
+def agreeing(votes: Sequence[Array], values: Sequence[Array], weight: Array) -> tuple[Array, Array]:
+    """The values and the weights of the experts whose vote has the sign of the sum of the votes, each summed."""
+    sign = jnp.sign(sum(votes))
+    agrees = [vote * sign > 0 for vote in votes]
+    merged = sum(jnp.where(yes, value, 0) for yes, value in zip(agrees, values))
+    share = sum(jnp.where(yes, w, 0) for yes, w in zip(agrees, weight.astype(merged.dtype)))
+    return merged, share
+
+
+def rescaled(update: Array, kept: Array, probability: Array, rescale: Rescale) -> Array:
+    """The update where `kept`, else 0, rescaled.
+
+    Args:
+        update: of any shape.
+        kept: its mask.
+        probability: with which each entry was kept, for `expected`; broadcasts.
+        rescale: `expected`: by 1 / probability; `norm`: by what restores the sum of magnitudes (1 where nothing is
+            left); `none`: not.
+    """
+    if rescale == "expected":
+        return jnp.where(kept, divide(update, probability.astype(update.dtype)), 0)
+    thin = jnp.where(kept, update, 0)
+    if rescale == "none":
+        return thin
+    left = total(jnp.abs(thin))
+    return thin * jnp.where(left > 0, divide(total(jnp.abs(update)), left), 1)
+
+
+def cuts(updates: Updates, counts: Sequence[Sequence[Sequence[int]]]) -> list[list[Array]]:
+    """The `counts[leaf][expert]`-th largest magnitudes of each leaf of each update, `[m]` each.
+
+    One expert at a time, by a program that all leaves of a shape share: nothing as large as the experts is kept, and a
+    new model compiles nothing that it has compiled before.
+    """
+    bases = updates.base if updates.has_base else [None] * len(updates.experts)
+    return [[_cuts(leaf[k], base, jnp.asarray(count[k]), updates.dtype) for k in range(len(updates.names))]
+            for leaf, base, count in zip(updates.experts, bases, counts)]
+
+
+@partial(jax.jit, static_argnums=3)
+def _cuts(expert: Array, base: Array | None, counts: Array, dtype: Any) -> Array:
+    size = jnp.abs(_update(expert, base, dtype))
+    return jnp.stack([largest(size, count) for count in counts])
+
+
+def largest(values: Array, count: Array) -> Array:
+    """The `count`-th largest of `values` (any shape, all at least 0); infinity for a count of 0.
+
+    Exact, and several times cheaper than a sort or a quickselect: floats that are not negative order as their bits do,
+    so the answer's bits are found two at a time, from the top, by counting the values that reach each of three
+    candidates.
+    """
+    width = 8 * values.dtype.itemsize
+    word = jnp.dtype(f"uint{width}")
+    bits = _in_tiles(jax.lax.bitcast_convert_type(values, word))
+
+    def refine(step: int, low: Array) -> Array:
+        unit = jnp.ones((), word) << (width - 2 - 2 * step).astype(word)
+        reached = _reaching(bits, [low + j * unit for j in (1, 2, 3)])
+        return low + (reached >= count).sum().astype(word) * unit
+
+    low = jax.lax.fori_loop(0, width // 2, refine, jnp.zeros((), word))
+    return jnp.where(count > 0, jax.lax.bitcast_convert_type(low, values.dtype), jnp.inf)
+
+
+_COLUMNS, _ROWS = 1024, 128  # of a tile: as many counters side by side as a core's nearest cache holds
+
+
+def _in_tiles(bits: Array) -> Array:
+    """`[tiles, rows, columns]` of all entries, filled up with zeros, which reach no candidate."""
+    rows = min(_ROWS, -(-bits.size // _COLUMNS))
+    return jnp.pad(bits.ravel(), (0, -bits.size % (rows * _COLUMNS))).reshape(-1, rows, _COLUMNS)
+
+
+def _reaching(bits: Array, candidates: Sequence[Array]) -> Array:
+    """`[3]`: how many entries reach each of three candidates, counted in one pass: a tile's columns have no more than
+    255 rows, so three counters share a word."""
+    packed = sum((bits >= candidate).astype(jnp.uint32) << (8 * j) for j, candidate in enumerate(candidates))
+    columns = jax.lax.optimization_barrier(packed.sum(1, dtype=jnp.uint32))
+    return jnp.stack([((columns >> (8 * j)) & 255).astype(jnp.int32).sum() for j in range(len(candidates))])
+
+
+def kept(share: float, size: int) -> int:
+    """How many of `size` entries a share of them is: rounded down as mergekit does, but at least 1 unless it is 0."""
+    return min(size, max(1, int(share * size))) if share > 0 else 0
+
+
+def sizes(layout: Layout) -> list[int]:
+    """Number of entries of each leaf."""
+    return [int(np.prod(shape, dtype=int)) for shape in layout.shapes]
