@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure projectors on every domain (recipe: eval/mini.yaml)",
     "generate": "caption a picture: pivotjax generate IMAGE [PROMPT] --model CHECKPOINT",
     "inspect": "say what a checkpoint is",
+    "sweep": "tune options of a merge on calibration data: pivotjax sweep RECIPE.yaml --over lambda=0.1:1.5:0.1",
     "methods": "list the merge methods with options, defaults and sources",
 }
 

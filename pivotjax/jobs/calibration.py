@@ -4,9 +4,10 @@ Everything is streamed: pairs are read from the feature files in batches of one 
 neither the features of many images nor the gradients of many examples are ever held together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,10 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pivotjax import config as configs
+from pivotjax.checkpoints import store
 from pivotjax.data.captions import Captioner, Encoded
 from pivotjax.data.features import FeatureSource, Sample
 from pivotjax.errors import InputError
 from pivotjax.evaluation import runner
+from pivotjax.jobs import assemble
 from pivotjax.jobs.assemble import Frozen
 from pivotjax.merging.calibration import FeatureCalibration, Measure, Objective, agreement
 from pivotjax.merging.updates import is_traced
@@ -60,6 +63,25 @@ def of_experts(
         caption_fisher=statistics.fisher,
         caption_alignment=statistics.alignment,
     )
+
+
+def trained_on(experts: Mapping[str, store.Projector]) -> list[tuple[str, ...]]:
+    """Each expert's own domains, as its checkpoint names them."""
+    for name, expert in experts.items():
+        if not expert.info.get("domains"):
+            raise InputError(f"{name} does not say which domains it was trained on; merge it without calibration")
+    return [tuple(expert.info["domains"]) for expert in experts.values()]
+
+
+def open_splits(
+    experts: Mapping[str, store.Projector], domains: Sequence[Sequence[str]], cache: Path
+) -> tuple[Frozen, dict[str, FeatureSource]]:
+    """The frozen models that the experts were trained between, and the calibration splits of domains by name."""
+    first, expert = next(iter(experts.items()))
+    frozen = assemble.frozen_of(expert.info, cache, first)
+    _, data = assemble.config_of(expert.info, first)
+    names = sorted({domain for some in domains for domain in some})
+    return frozen, {name: assemble.load_domain(name, data, frozen, cache).splits["calibration"] for name in names}
 
 
 @dataclass(frozen=True)

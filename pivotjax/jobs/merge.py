@@ -125,8 +125,8 @@ def run(config: MergeConfig, plan: MergeRecipe) -> dict[str, Any]:
             folder.mkdir()
             report = (_merge_models if whole else _merge_projectors)(config, plan, inputs, folder)
             files.write_bytes(folder / "config.yaml", configs.to_yaml(resolved).encode())
-            merge_card.write(folder, config.out.name, resolved["recipe"], report)
-            page.write(folder, report | {"title": config.out.name, "recipe": resolved["recipe"]})
+            merge_card.write(folder, config.out.name, configs.resolved(recipe.written(plan)), report)
+            page.write(folder, report | {"title": config.out.name, "recipe": configs.resolved(recipe.written(plan))})
             names = sorted({_REPORT, *(path.name for path in folder.iterdir())})
             files.write_json(folder / _REPORT, report | {"files": names})
     say(f"merged: {config.out}")
@@ -164,11 +164,11 @@ def _merge_projectors(config: MergeConfig, plan: MergeRecipe, inputs: Opened, fo
             "tune chooses the scale on calibration captions; give base_model and `calibration: {captions: 24}`"
         )
     params = {name: expert.params for name, expert in experts.items()}
-    origin = _origin(plan.base_model, base.params if base else None, params)
+    start = origin(plan.base_model, base.params if base else None, params)
     like = base.params if base else next(iter(params.values()))
     if plan.dtype:  # the result is rounded once
-        origin, params = _at_least(origin, plan.dtype), _at_least(params, plan.dtype)
-    result = merge(origin, params, plan.merge_method, calibration=data, diagnose="full", **plan.parameters)
+        start, params = _at_least(start, plan.dtype), _at_least(params, plan.dtype)
+    result = merge(start, params, plan.merge_method, calibration=data, diagnose="full", **plan.parameters)
     if config.tune:
         result = tune(base, result, data)
     merged = jax.tree.map(lambda leaf, old: leaf.astype(plan.dtype or old.dtype), result.params, like)
@@ -193,7 +193,7 @@ def _merge_projectors(config: MergeConfig, plan: MergeRecipe, inputs: Opened, fo
     return report
 
 
-def _origin(word: str | None, base: Any, experts: Mapping[str, Any]) -> Any:
+def origin(word: str | None, base: Any, experts: Mapping[str, Any]) -> Any:
     """What updates are measured from: the base, or what stands in for one that nobody has."""
     if word == "mean":
         return jax.tree.map(lambda *leaves: sum(_wide(leaf) for leaf in leaves) / len(leaves), *experts.values())
@@ -339,12 +339,6 @@ def _info(
 
 def _calibration(experts: Mapping[str, store.Projector], config: CalibrationConfig, cache: Path) -> Calibration:
     """Each expert's own domains' calibration pairs, as its checkpoint names them."""
-    first = next(iter(experts))
-    frozen = assemble.frozen_of(experts[first].info, cache, first)
-    _, data = assemble.config_of(experts[first].info, first)
-    for name, expert in experts.items():
-        if not expert.info.get("domains"):
-            raise InputError(f"{name} does not say which domains it was trained on; merge it without calibration")
-    names = {domain for expert in experts.values() for domain in expert.info["domains"]}
-    sources = {name: assemble.load_domain(name, data, frozen, cache).splits["calibration"] for name in sorted(names)}
-    return calibration.of_experts(frozen, [[sources[d] for d in e.info["domains"]] for e in experts.values()], config)
+    own = calibration.trained_on(experts)
+    frozen, sources = calibration.open_splits(experts, own, cache)
+    return calibration.of_experts(frozen, [[sources[name] for name in domains] for domains in own], config)

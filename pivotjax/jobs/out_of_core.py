@@ -27,7 +27,7 @@ from pivotjax.merging.updates import finite, layout_of
 from pivotjax.progress import Bar
 
 Base = Literal["none", "file", "mean", "zero"]
-_BLOCK = 1 << 18  # entries that are measured at once
+_BLOCK = 1 << 16  # entries that are measured at once: they stay in a core's cache
 _STEM = "tensor"  # stands for the names of all layers
 
 
@@ -264,21 +264,26 @@ def _inner_products(
     base: list[np.ndarray] | None, experts: Sequence[list[np.ndarray]], measured_from: Base
 ) -> list[np.ndarray]:
     """`[K, K]` float64 inner products of the experts' updates, a tensor; not finite where an input is not."""
-    found = []
-    for i in range(len(experts[0])):
-        flat = [expert[i].reshape(-1) for expert in experts]
-        origin = None if base is None else base[i].reshape(-1)
-        total = np.zeros((len(flat), len(flat)))
-        with np.errstate(all="ignore"):
-            for start in range(0, flat[0].size, _BLOCK):
-                block = np.stack([one[start : start + _BLOCK].astype(np.float32) for one in flat])
-                if origin is not None:
-                    block -= origin[start : start + _BLOCK].astype(np.float32)
-                elif measured_from == "mean":
-                    block -= block.mean(0)
-                total += block @ block.T
-        found.append(total)
-    return found
+    return [_products(None if base is None else base[i], [expert[i] for expert in experts], measured_from)
+            for i in range(len(experts[0]))]
+
+
+def _products(base: np.ndarray | None, experts: Sequence[np.ndarray], measured_from: Base) -> np.ndarray:
+    flat = [expert.reshape(-1) for expert in experts]
+    origin = None if base is None else base.reshape(-1)
+    total = np.zeros((len(flat), len(flat)))
+    room = np.empty((len(flat), min(_BLOCK, flat[0].size)), np.float32)
+    with np.errstate(all="ignore"):
+        for start in range(0, flat[0].size, _BLOCK):
+            block = room[:, : min(_BLOCK, flat[0].size - start)]
+            for k, one in enumerate(flat):
+                block[k] = one[start : start + _BLOCK]
+            if origin is not None:
+                block -= origin[start : start + _BLOCK].astype(np.float32)
+            elif measured_from == "mean":
+                block -= block.mean(0)
+            total += block @ block.T
+    return total
 
 
 def _name_the_culprit(unit: Unit, parts: Mapping[str, list[np.ndarray]]) -> None:

@@ -65,8 +65,9 @@ def merge(
     Returns:
         Merge(params, report). Each leaf has the dtype of the base's (without a base: of the first expert's); leaves
         that came as NumPy arrays go back as NumPy arrays. All sums are float32 with highest precision, or float64 where
-        the input is float64. The report holds the method, its resolved options, a layer its diagnostics, and
-        `exceptions`: leaves to which the formula does not apply, and what was done with them.
+        the input is float64. The report holds the method, its resolved options, diagnostics (of each layer in
+        `layers`, of the merge as a whole in `facts`), and `exceptions`: leaves to which the formula does not apply, and
+        what was done with them.
 
     Raises:
         InputError: bad input: one line that names the expert and the leaf, or the option and the nearest known one.
@@ -85,10 +86,11 @@ def merge(
         "method": method,
         "options": {**options, **merged.options},
         "experts": list(seen.names),
-        "layers": layers if updates.is_traced(layers) else diagnostics.plain(layers),
+        "layers": layers,
+        "facts": dict(merged.facts),
         "exceptions": dict(merged.exceptions),
     }
-    return Merge(params, report)
+    return Merge(params, report if updates.is_traced(report) else diagnostics.plain(report))
 
 
 _DIAGNOSES = {"nothing": lambda seen, merged: {}, "brief": diagnostics.brief, "full": diagnostics.full}

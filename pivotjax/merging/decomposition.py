@@ -151,7 +151,9 @@ def moment(effects: Array, partners: Array, basis: Basis) -> Array:
         return matmul(effects.sum(0), partners.sum(0))
     if basis == "cross" and effects.shape[0] > 1:
         partners = partners.sum(0) - partners
-    return jnp.einsum("knij,knjl->nil", effects, partners, precision="highest")
+    count, n, d, inner = effects.shape
+    wide = jnp.moveaxis(effects, 0, 2).reshape(n, d, count * inner)
+    return matmul(wide, jnp.moveaxis(partners, 0, 1).reshape(n, count * inner, d))
 
 
 def _products(rows: Array, image: Array) -> Array:

@@ -96,9 +96,12 @@ Facts = dict[str, Any]  # arrays, nested
 
 @jax.jit
 def _facts(updates: Updates, merged: list[jax.Array]) -> dict[str, Facts]:
-    """`{layer: facts [n, ...]}`, by `lax.map` over matrices, experts and pairs, not batched: the intermediates of one are
-    in memory at a time, and no LAPACK call has a batch. Two batched ones in one program can wait for each other for
-    ever, each inside a thread of XLA's pool on the CPU (jaxlib 0.10)."""
+    """`{layer: facts [n, ...]}`.
+
+    By `lax.map` over matrices, experts and pairs, not batched: the intermediates of one are in memory at a time, and no
+    LAPACK call has a batch. Two batched ones in one program can wait for each other for ever, each inside a thread of
+    XLA's pool on the CPU (jaxlib 0.10).
+    """
     leaves = tuple(leaf.astype(updates.dtype)[None] for leaf in merged)
     merge = Updates(("merged",), updates.layout, None, leaves)
 
@@ -214,11 +217,11 @@ def _inner_products(updates: Updates) -> dict[str, jax.Array]:
     return batched(inner, updates.layers)
 
 
-def plain(report: Mapping[str, Mapping]) -> dict[str, dict]:
-    """Arrays and scalars of JAX as lists and numbers, for JSON; consensus of the kept directions alone."""
+def plain(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report with JAX's arrays and scalars as lists and numbers, for JSON; consensus of the kept directions alone."""
     host = jax.tree.map(_plain, jax.device_get(dict(report)))
-    for facts in host.values():
-        if "consensus" in facts:
+    for facts in host.get("layers", {}).values():
+        if "consensus" in facts and "rank" in facts:
             facts["consensus"] = facts["consensus"][: facts["rank"]]
     return host
 

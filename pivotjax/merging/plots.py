@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from pivotjax.pages.figures import (
     AROUND_ZERO,
@@ -80,7 +81,7 @@ def spectra(report: dict) -> Plot | None:
             found = np.where(found > 0, found, np.nan)
             style = {"color": INK, "linewidth": 2.2} if name == _MERGE else _style(i)
             axis.plot(np.arange(1, len(found) + 1), found, label=_short(name), **style)
-        axis.set_yscale("log")
+        _log_scale(axis)
         axis.set_title(label, loc="left", fontsize=9.5)
         axis.set_xlabel("direction", fontsize=8.5)
         grid(axis)
@@ -115,7 +116,7 @@ def overlap(report: dict) -> Plot | None:
         for axis, (side, title) in zip(row, sides.items()):
             _overlap_curves(axis, facts["subspace_overlap"][side])
             if "shape" in facts:
-                axis.axhline(_chance(facts, side), color=INK, linewidth=0.9, linestyle=":")
+                axis.axhline(_chance(facts, side), color=INK, linewidth=1.2, linestyle=":")
             axis.set_title(f"{label}: {title}", loc="left", fontsize=9.5)
             axis.set_ylim(0, 1.02)
             grid(axis)
@@ -145,8 +146,7 @@ def consensus(report: dict) -> Plot | None:
         _depth_curve(axes[0], {label: [_mean_consensus(facts)] for label, facts in layers.items()}, colour_of(0), "")
     for axis in axes:
         axis.axhline(experts**-0.5, color=INK, linewidth=0.9, linestyle=":")
-        axis.text(0.99, experts**-0.5 + 0.01, "unrelated experts", transform=axis.get_yaxis_transform(), ha="right",
-                  va="bottom", fontsize=7.5, color=INK)  # fmt: skip
+        axis.text(0.99, 0.03, "dotted: unrelated experts", transform=axis.transAxes, ha="right", fontsize=7.5)
         axis.set_ylim(0, 1.04)
         grid(axis)
     axes[0].set_ylabel("consensus", fontsize=8.5)
@@ -174,8 +174,8 @@ def conflicts(report: dict) -> Plot | None:
         found = facts["sign_conflicts"]
         share, weighted = (np.array(found[key], float) for key in ("pairs", "weighted_pairs"))
         _conflict_map(axis, np.tril(share) + np.triu(weighted), [_short(name) for name in experts])
-        overall = f"{100 * found['share']:.0f} % of entries,\n{100 * found['weighted']:.0f} % of magnitude"
-        axis.set_title(f"{label}: {overall}", loc="left", fontsize=9)
+        share, weighted = (f"{100 * number(found[key]):.0f} % of" for key in ("share", "weighted"))
+        axis.set_title(f"{label}: {share} entries,\n{weighted} magnitude", loc="left", fontsize=9)
     return Plot(figure, alt)
 
 
@@ -239,7 +239,8 @@ def _by_expert(panels: Mapping[str, Mapping[str, Mapping[str, float]]], alt: str
     """Panels `{title: {layer: {expert: value}}}`: bars a layer, or curves over depth."""
     if not panels:
         return None
-    figure, axes = row_of_axes(len(panels), height=2.7)
+    series = max(len(values) for layers in panels.values() for values in layers.values())
+    figure, axes = row_of_axes(len(panels), height=2.4 + 0.17 * -(-series // 4))
     for axis, (title, layers) in zip(axes, panels.items()):
         names = list(dict.fromkeys(name for values in layers.values() for name in values))
         for i, name in enumerate(names):
@@ -276,6 +277,15 @@ def _depth_curve(
         axis.fill_between(list(blocks), low, high, color=color, alpha=0.12, linewidth=0)
     axis.set_xlabel("depth", fontsize=8.5)
     grid(axis)
+
+
+def _log_scale(axis: Axes) -> None:
+    """Logarithmic, with plain numbers, three a decade where there are few decades."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _depths(labels: Sequence[str]) -> list[int | None]:

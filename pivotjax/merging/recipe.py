@@ -75,6 +75,14 @@ class MergeRecipe:
     notes: tuple[str, ...] = ()
 
 
+def written(plan: MergeRecipe) -> dict[str, Any]:
+    """The recipe as it would be written, everything that was read from it in so many words; `parse` reads it back."""
+    models = [{"model": path, "name": name} for name, path in plan.models]
+    values = {"models": models, "base_model": plan.base_model, "merge_method": plan.merge_method,
+              "parameters": dict(plan.parameters), "dtype": plan.dtype, "calibration": plan.calibration}
+    return {key: value for key, value in values.items() if value} | {"defaults": "pivotjax"}
+
+
 def load(path: Path) -> MergeRecipe:
     """Reads a recipe file; InputError names the file and what is wrong with it."""
     try:

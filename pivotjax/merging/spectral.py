@@ -27,7 +27,29 @@ Basis = Literal["energy", "cross", "average"]
 
 def matmul(a: Array, b: Array) -> Array:
     """Batched matrix product in full precision."""
-    return jnp.matmul(a, b, precision="highest")
+    if a.dtype != jnp.float32 or b.dtype != jnp.float32:
+        return jnp.matmul(a, b, precision="highest")
+    return lax.platform_dependent(a, b, tpu=matmul_by_parts, default=lambda a, b: jnp.matmul(a, b, precision="highest"))
+
+
+def matmul_by_parts(a: Array, b: Array) -> Array:
+    """`matmul` for TPU: what precision "highest" means there, six products of bfloat16 parts accumulated in float32,
+    written as one product with a six times longer inner axis, which compiles up to eight times faster."""
+    a1, a2, a3 = _parts(a)
+    b1, b2, b3 = _parts(b)
+    left = jnp.concatenate([a3, a2, a1, a2, a1, a1], -1)  # small terms first
+    right = jnp.concatenate([b1, b2, b3, b1, b2, b1], -2)
+    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
+
+
+def _parts(x: Array) -> list[Array]:
+    """Three bfloat16 arrays whose sum is x to float32's precision."""
+    parts = []
+    for _ in range(3):
+        part = lax.reduce_precision(x, 8, 7)  # a mere cast there and back would be optimised away
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts
 
 
 def transpose(x: Array) -> Array:

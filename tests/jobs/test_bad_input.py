@@ -1,6 +1,7 @@
 """Bad input through the real command line: one clear line, exit status 2, nothing half-written."""
 
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -168,11 +169,69 @@ def test_unknown_method_and_options(refused, family, tmp_path):
     assert "calibration" in refused("merge", family.recipe, "--merge-method", "regmean")
     assert "calibration" in refused("merge", family.recipe, "--tune")
     assert "did you mean --tune?" in refused("merge", family.recipe, "--tne")
+    ties = ("merge", family.recipe, "--method", "ties")
+    assert "merge method 'ties' has no option --densty; did you mean --density?" in refused(*ties, "--densty", 0.2)
+    assert "'dense' must be a number" in refused(*ties, "--density", "dense")
+    assert "2 must be in (0, 1]" in refused(*ties, "--density", 2)
+    assert "no expert is called 'cat' (did you mean 'cats'?)" in refused(*ties, "--weights", "cat=1", "dogs=1")
+    assert "--method has no value" in refused("merge", family.recipe, "--method")
+    assert "'lots' is no size; write 256MB" in refused("merge", family.recipe, "--chunk", "lots")
+    assert "did you mean 'ties'?" in refused("merge", "--method", "tise", "--help")
     assert not (tmp_path / "out").exists()
 
 
 def test_override_that_is_no_yaml(refused, family):
     assert "--parameters.scale" in refused("merge", family.recipe, "--parameters.scale", "[1")
+
+
+def test_recipes_that_go_in_circles(refused, family, tmp_path):
+    """A recipe is no model, and an output folder is not one of its own inputs."""
+    model = f"{family.folder / 'cats'}"
+    family.recipe.write_text(family.recipe.read_text().replace(model, str(family.recipe)))
+    assert "is a recipe, not a model; merge it first" in refused("merge", family.recipe)
+    one = ("merge", "--method", "average", "--experts", model)
+    assert "is or holds one of the models" in refused(*one, "--out", model)
+    assert "is or holds one of the models" in refused(*one, "--out", family.folder)
+
+
+def test_output_folder_of_something_else(refused, family, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("three years of work")
+    assert "holds what no merge wrote (thesis.tex); give another --out" in refused("merge", family.recipe)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "three years of work"
+
+
+def test_experts_without_a_base(refused, family, tmp_path):
+    line = refused("merge", "--method", "ties", "--experts", family.folder / "cats", "--out", tmp_path / "out")
+    assert "give base_model (a path; mean or zero where nobody has" in line
+    assert "no checkpoint at" in refused("merge", "--base", "men", "--experts", family.folder / "cats", "--out", "o")
+
+
+def test_projector_files_that_are_broken(refused, family, tmp_path):
+    """Truncated, with a header that lies, or with code in the pickle: one line, and nothing is left."""
+    safe = family.folder / "cats.safetensors"
+    torch_bridge.save_torch(safe, tiny(1), {})
+    data = safe.read_bytes()
+    evil = family.folder / "mm_projector.bin"
+    evil.write_bytes(pickle.dumps({"weight": Evil(tmp_path / "ran")}, protocol=2))
+    for path, content, said in (
+        (safe, data[:-8], "is not a whole safetensors file"),
+        (safe, data.replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1), "is not a whole safetensors file"),
+        (evil, evil.read_bytes(), "mm_projector.bin"),
+    ):
+        path.write_bytes(content)
+        assert said in refused("merge", "--method", "average", "--experts", path, "--out", tmp_path / "out")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+class Evil:
+    """Would write a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
 
 
 def test_evaluate_without_projectors(refused, tmp_path):

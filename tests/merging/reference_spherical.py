@@ -95,9 +95,9 @@ def karcher(vectors, names, weights=None, iterations=10, tolerance=1e-5):
             if np.linalg.norm(away) > 1e-12:
                 tangent = tangent + x * np.arccos(np.clip(np.sum(u * mean), -1, 1)) * unit(away)
         size = np.linalg.norm(tangent)
-        mean = unit(np.cos(size) * mean + np.sin(size) * unit(tangent))
         if size < tolerance:
             break
+        mean = unit(np.cos(size) * mean + np.sin(size) * unit(tangent))
     return length * mean
 
 

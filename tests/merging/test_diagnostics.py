@@ -204,7 +204,7 @@ def test_traced_diagnostics_are_the_same_numbers(world):
 
     traced = jax.jit(lambda base, experts: merged(base, experts).report["layers"])(world.base, world.experts)
     want = merged(world.base, world.experts).report["layers"]
-    for layer, facts in diagnostics.plain(traced).items():
+    for layer, facts in diagnostics.plain({"layers": traced})["layers"].items():
         assert_facts(facts, jax.tree.map(np.array, want[layer], is_leaf=lambda x: isinstance(x, list)), 1e-4)
 
 

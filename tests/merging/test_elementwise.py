@@ -178,7 +178,7 @@ OPTIONS = [
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-9), (np.float32, 2e-5)])
 @pytest.mark.parametrize("name, options", OPTIONS)
 def test_options_follow_the_formulas(name, options, dtype, tolerance):
-    world = make_world(count=2 if name in PAIRS else 3, dtype=dtype)
+    world = make_world(count=2 if name in PAIRS else 3, sizes=(7, 6, 5), dtype=dtype)
     got = flat(pivotjax.merge(world.base, world.experts, name, **options).params)
     want = REFERENCES[name](flat(world.base), {n: flat(e) for n, e in world.experts.items()}, **options)
     for path, leaf in want.items():
@@ -190,7 +190,7 @@ def test_bfloat16_experts_are_merged_in_float32(name):
     """The merge of bfloat16 experts is that of the same values in float32, rounded once, bit by bit; and follows the
     reference (but where a method drops one of two equal magnitudes, which are many in bfloat16: then which is a
     matter of convention)."""
-    world = make_world(count=2 if name in PAIRS else 3)
+    world = make_world(count=2 if name in PAIRS else 3, sizes=(7, 6, 5))
     base, *experts = (jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), tree)
                       for tree in (world.base, *world.experts.values()))
     experts = dict(zip(world.experts, experts))
@@ -208,7 +208,7 @@ def test_bfloat16_experts_are_merged_in_float32(name):
 @pytest.mark.parametrize("name", sorted(REFERENCES))
 def test_inside_a_larger_program_and_from_a_stack(name):
     """Traced, and with the experts along a leading axis: the same numbers."""
-    world = make_world(count=2 if name in PAIRS else 3)
+    world = make_world(count=2 if name in PAIRS else 3, sizes=(7, 6, 5))
     plain = pivotjax.merge(world.base, world.experts, name).params
     stacked = Stacked(jax.tree.map(lambda *x: jnp.stack(x), *world.experts.values()), list(world.experts))
     for experts in (world.experts, stacked):

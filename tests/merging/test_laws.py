@@ -11,6 +11,7 @@ import jax
 import merging_reference as reference
 import numpy as np
 import pytest
+from reference_calibrated import alignment
 from small_world import flat, from_flat, make_world, matrices, numpy_inputs
 
 import pivotjax
@@ -65,6 +66,8 @@ def expected(world, name, calibrated=False, **options):
                 statistics["cross"] = [x[layer].T @ h / len(h) for x, h in zip(own, student)]
             if chosen.get("scores") == "loss_gain":
                 chosen["gains"] = loss_gains(base, experts, layer)
+            if chosen.get("scores") == "alignment":
+                chosen["gains"] = alignment_gains(world, layer, chosen.pop("measure", "cosine"))
             merged[layer] = reference.pivot(base[layer], weights, **statistics, **chosen)
         else:
             merged[layer] = getattr(reference, name)(base[layer], weights, **options)
@@ -79,6 +82,18 @@ def loss_gains(base, experts, layer):
 
     mean = {n: sum(e[n] for e in experts) / len(experts) for n in base}
     return np.array([loss(mean) - loss(mean | {layer: e[layer]}) for e in experts])
+
+
+def alignment_gains(world, layer, measure):
+    experts = [flat(e) for e in world.experts.values()]
+    mean = {path: sum(e[path] for e in experts) / len(experts) for path in experts[0]}
+
+    def gain(expert):
+        swapped = mean | {path: leaf for path, leaf in expert.items() if path.startswith(f"{layer}/")}
+        return alignment(swapped, world.features, world.captions, measure) - plain
+
+    plain = alignment(mean, world.features, world.captions, measure)
+    return np.array([gain(e) for e in experts])
 
 
 def assert_close(params, want, tolerance=2e-4):
@@ -202,6 +217,8 @@ CALIBRATED = [
     {"metric": "own", "basis": "energy", "gate": "soft", "scores": "pivot_cosine", "rank": 3},
     {"scores": "loss_gain", "temperature": 0.05, "rho": 1.0},
     {"side": "input", "rank": 2, "conflict": "elect"},
+    {"scores": "alignment", "temperature": 0.05},
+    {"scores": "alignment", "measure": "cka", "temperature": 0.05},
     {"side": "both", "rank": 3, "basis": "energy", "gate": "soft", "unit": True, "metric": "own"},
     {"basis": "average", "energy": 1.0, "grain": "coordinate", "gate": "hard", "tau": 0.4},
 ]
@@ -214,7 +231,7 @@ GRAMS += [(gram, options) for gram in ("own", "merged") for options in CALIBRATE
 @pytest.mark.parametrize("gram, options", GRAMS)
 def test_pivot_agrees_with_the_reference(gram, options):
     world = make_world(sizes=(6, 6, 6, 6))  # equal shapes: one compilation
-    calibrated = gram != "none" or options.get("scores") == "loss_gain"
+    calibrated = gram != "none" or options.get("scores") in ("loss_gain", "alignment")
     result = run(world, "pivot", calibrated, gram=gram, **options)
     tolerance = 2e-3 if options.get("rho") == 1 else 2e-4  # nearly collinear inputs: the fit's small ridge shows
     assert_close(result.params, expected(world, "pivot", calibrated, gram=gram, **options), tolerance)

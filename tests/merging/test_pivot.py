@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -99,6 +100,49 @@ def test_loss_gain_weighs_the_expert_that_helps():
     weights = merged.report["layers"]["linear_1"]["weights"]
     assert max(weights, key=weights.get) == "icons"
     assert sum(weights.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_layers_are_weighed_by_their_scores(world):
+    """`g^l = L softmax_l(mean score / T)` times each layer's update of the uniform form."""
+    options = {"scores": "energy", "temperature": 0.2, "basis": "energy", "rank": 2}
+    plain = pivotjax.merge(world.base, world.experts, "pivot", **options)
+    weighed = pivotjax.merge(world.base, world.experts, "pivot", layer_weights="scores", **options)
+    means = np.array([np.mean(list(facts["scores"].values())) for facts in plain.report["layers"].values()])
+    factors = len(means) * np.exp(means / 0.2) / np.exp(means / 0.2).sum()
+    assert np.ptp(factors) > 0.05
+    for factor, name in zip(factors, plain.report["layers"]):
+        change, scaled = (result.params[name]["kernel"] - world.base[name]["kernel"] for result in (plain, weighed))
+        np.testing.assert_allclose(scaled, factor * change, atol=1e-5)
+
+
+def test_the_bias_can_be_averaged(world):
+    """Then the weight is decomposed without it, and the report says so."""
+    result = pivotjax.merge(world.base, world.experts, "pivot", bias="averaged", rescale="none", gram="none")
+    mean = np.mean([e["linear_1"]["bias"] for e in world.experts.values()], axis=0)
+    np.testing.assert_allclose(result.params["linear_1"]["bias"], mean, atol=1e-6)
+    assert result.report["exceptions"]["linear_1/bias"].startswith("averaged")
+    alone = {name: {"linear_1": {"kernel": e["linear_1"]["kernel"]}} for name, e in world.experts.items()}
+    base = {"linear_1": {"kernel": world.base["linear_1"]["kernel"]}}
+    want = pivotjax.merge(base, alone, "pivot", rescale="none", gram="none").params["linear_1"]["kernel"]
+    np.testing.assert_allclose(result.params["linear_1"]["kernel"], want, atol=1e-6)
+    calibrated = pivotjax.merge(world.base, world.experts, "pivot", calibration=world.calibration, bias="averaged")
+    assert np.isfinite(calibrated.params["linear_1"]["kernel"]).all()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_part_of_a_larger_program(world, calibrated):
+    """Inside `jax.jit` the merge is the same, and the report's arrays come out of the program."""
+    extra = {"calibration": world.calibration} if calibrated else {}
+
+    @jax.jit
+    def program(base, experts):
+        result = pivotjax.merge(base, experts, "pivot", **extra)
+        return result.params, result.report["layers"]
+
+    params, layers = program(world.base, world.experts)
+    outside = pivotjax.merge(world.base, world.experts, "pivot", **extra)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, outside.params)
+    assert layers["linear_0"]["rank"] == outside.report["layers"]["linear_0"]["rank"]
 
 
 def test_report_is_json_and_complete(world):

@@ -151,6 +151,17 @@ def test_randomized_triplets():
     assert (sigma <= exact * (1 + 1e-5)).all() and (sigma > 0.93 * exact).all()
 
 
+def test_products_in_parts_have_float32_precision():
+    """TPU's form of a float32 product: no worse than twice the error of the CPU's own."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=s) * np.exp(rng.normal(size=s)) for s in ((3, 40, 500), (3, 500, 30)))
+    exact, scale = a @ b, np.abs(a) @ np.abs(b)
+    a32, b32 = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    exact = np.float64(a32) @ np.float64(b32)
+    worst = [np.max(np.abs(np.float64(f(a32, b32)) - exact) / scale) for f in (spectral.matmul_by_parts, jnp.matmul)]
+    assert worst[0] < 5e-7 and worst[0] < 4 * worst[1]
+
+
 def test_pseudo_inverse():
     x, _, v = matrix([1, 0.7, 0.2], 10, 10)
     gram = jnp.asarray(x.T @ x, jnp.float32)

@@ -40,7 +40,7 @@ def with_spectrum(rng, sigma, d_out, d_in, dtype=np.float32):
     return ((left * sigma) @ right.T).astype(dtype)
 
 
-def orthogonal_experts(rng, count=3, rank=2, d_out=9, d_in=8):
+def orthogonal_experts(rng, count=3, rank=2, d_out=8, d_in=9):
     """Updates whose row spaces are orthogonal to each other, and column spaces too; and their factors."""
     left = np.linalg.qr(rng.normal(size=(d_out, count * rank)))[0]
     right = np.linalg.qr(rng.normal(size=(d_in, count * rank)))[0]
@@ -92,14 +92,16 @@ def test_float64(method):
         close(got[path], leaf, 1e-8)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "optmerge"])
-@pytest.mark.parametrize("shape", [(64, 96), (96, 64)])
+@pytest.mark.parametrize("method, shape", [
+    *((method, (64, 96)) for method in METHODS),
+    *((method, (96, 64)) for method in ("tsv_m", "iso_cts", "knots_ties", "optmerge", "star", "svc")),
+])  # fmt: skip
 def test_spectra_that_fall_over_three_decades(method, shape):
-    """Four experts with singular values from 1 to 1e-3, in geometric steps: 1e-3 of the largest entry (measured: see
-    the assertion). OptMerge's 300 steps of Adam amplify rounding where a gradient is nearly 0, and are left out."""
+    """Four experts with singular values from 1 to 1e-3, in geometric steps: 2e-4 of the largest entry (measured for the
+    wide layer: WUDI 5e-5, Iso-CTS 3e-5, KnOTS 1e-5, the others a few 1e-6)."""
     rng = np.random.default_rng(0)
     updates = [with_spectrum(rng, np.geomspace(1, 1e-3, 64), *shape) for _ in range(4)]
-    close(merged_update(updates, method), reference(updates, method), 1e-3)
+    close(merged_update(updates, method), reference(updates, method), 2e-4)
 
 
 @pytest.mark.parametrize("method, options", [
@@ -128,13 +130,13 @@ def test_orthogonal_experts():
 def test_identical_experts():
     """K copies of D: TSV-M cuts D to min(m, n) / K directions, Iso-C makes K D isotropic, SWUDI leaves K D where its
     filter does not reach, CART, WUDI and SVC return D."""
-    update = with_spectrum(np.random.default_rng(0), [6, 5, 4, 3, 2, 1], 6, 7)
+    update = with_spectrum(np.random.default_rng(0), [8, 7, 6, 5, 4, 3, 2, 1], 8, 9)
     u, s, vt = np.linalg.svd(update.astype(np.float64), full_matrices=False)
     updates = [update] * 3
     close(merged_update(updates, "tsv_m"), (u[:, :2] * s[:2]) @ vt[:2], 1e-5)
     close(merged_update(updates, "iso_c"), 3 * s.mean() * u @ vt, 1e-5)
     filtered = 1 - np.exp(-300 * 3 * s**2 / np.sum(s**2))
-    filtered[5:] = 0  # .65 of 7 input directions are 5
+    filtered[6:] = 0  # .65 of 9 input directions are 6
     close(merged_update(updates, "swudi"), (u * s * (3 - 2 * filtered)) @ vt, 1e-4)
     for method in ("cart", "wudi", "svc"):
         close(merged_update(updates, method), update, 1e-5)

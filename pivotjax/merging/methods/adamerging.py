@@ -45,7 +45,7 @@ def adamerging(
     calibration pairs (the authors draw 16 a task). Coefficients are free; the authors' code cuts them to [0, 1].
 
     A coefficient belongs to a layer's weight and bias together, one for each layer of a scanned stack; a leaf outside
-    the layers (a norm) has its own. The report holds the `lambdas` and, in the entry `all layers`, the `losses` before
+    the layers (a norm) has its own. The report holds the `lambdas` of each layer and, in `facts`, the `losses` before
     each step.
 
     Args:
@@ -69,7 +69,7 @@ def adamerging(
     else:
         lambdas, losses = _learn(step, state, steps)
     facts = {label: {"lambdas": by_expert(updates, row)} for label, row in _rows(updates.layout, lambdas).items()}
-    return Merged(_merged(updates, lambdas, scale), facts | {"all layers": {"losses": losses}})
+    return Merged(_merged(updates, lambdas, scale), facts, facts={"losses": losses})
 
 
 def _learn(step, state: tuple[Lambdas, optax.OptState], steps: int) -> tuple[Lambdas, Array]:

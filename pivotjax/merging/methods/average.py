@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pivotjax.errors import InputError
+from pivotjax.merging.elementwise import each, weighted
 from pivotjax.merging.registry import ExpertValues, Merged, method
 from pivotjax.merging.updates import Updates
 
@@ -39,8 +40,7 @@ def expert_weights(updates: Updates, weights: ExpertValues | None, normalize: bo
 @jax.jit
 def weighted_sum(updates: Updates, weights: jax.Array) -> list[jax.Array]:
     """`sum_k weights[k] D_k` for every leaf."""
-    # A sum of products, not a matrix product: XLA then reads each expert once and stacks nothing.
-    return [sum(w * d for w, d in zip(weights.astype(leaf.dtype), leaf)) for leaf in updates.stacked]
+    return [sum(weighted(leaf, weights)) for leaf in each(updates)]
 
 
 @jax.jit

@@ -161,7 +161,7 @@ def karcher(
     """The point on the sphere with the least mean square angle to the experts, as long as they are on average.
 
     Starts at the normalised weighted mean of the directions, or at the first expert's where that mean is shorter than
-    the tolerance, and stops after `iterations` steps or the first one shorter than the tolerance.
+    the tolerance, and stops after `iterations` steps or before one that is shorter than the tolerance.
 
     Args:
         updates: K experts.
@@ -207,8 +207,8 @@ def _mean_direction(products: Array, weight: Array, iterations: int, tolerance: 
     share = jnp.where(valid, weight, 0)
     share = divide(share, share.sum())
 
-    def length(c: Array) -> Array:
-        return jnp.sqrt(jnp.maximum(c @ cosines @ c, 0))
+    def square(c: Array) -> Array:
+        return jnp.maximum(c @ cosines @ c, 0)
 
     def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         mean, _, count = state
@@ -217,15 +217,17 @@ def _mean_direction(products: Array, weight: Array, iterations: int, tolerance: 
         sines = jnp.sqrt(1 - jnp.square(dots))
         arcs = share * jnp.where(sines > 0, divide(angles, sines), dots > 0)
         tangent = arcs - (arcs @ dots) * mean
-        size = length(tangent)
+        size = jnp.sqrt(square(tangent))
         moved = jnp.cos(size) * mean + jnp.sinc(size / jnp.pi) * tangent
-        return divide(moved, length(moved)), size, count + 1
+        # Below the rounding of the inner products a step's length is unknown, the step itself is not: it is taken.
+        rounding = 4 * jnp.finfo(size.dtype).eps * jnp.square(jnp.abs(tangent).sum())
+        done = square(tangent) + rounding < tolerance**2
+        return jnp.where(done, mean, divide(moved, jnp.sqrt(square(moved)))), done, count + 1
 
-    size = length(share)
+    size = jnp.sqrt(square(share))
     first = jnp.zeros_like(share).at[jnp.argmax(valid)].set(1)
     start = jnp.where(size < tolerance, first, divide(share, size))
-    state = (start, jnp.full_like(size, jnp.inf), 0)
-    mean, _, _ = jax.lax.while_loop(lambda s: (s[2] < iterations) & (s[1] >= tolerance), step, state)
+    mean, _, _ = jax.lax.while_loop(lambda s: (s[2] < iterations) & ~s[1], step, (start, jnp.array(False), 0))
     return mean * inverse * (weight @ norms)
 
 
