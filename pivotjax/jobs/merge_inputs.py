@@ -100,6 +100,9 @@ def open_all(plan: MergeRecipe) -> Opened:
 
 def open_input(path: Path) -> Input:
     """One checkpoint of any format."""
+    if not path.exists():
+        raise InputError(f"no checkpoint at {path}; give a projector checkpoint, a safetensors file, a model's folder "
+                         "or mm_projector.bin (nothing is downloaded)")
     weights = _weights(path)
     if weights is None:
         return Input(path, None, store.load_projector(path))
@@ -112,7 +115,7 @@ def open_input(path: Path) -> Input:
 def _weights(path: Path) -> Path | None:
     """The file or folder with the tensors; None for an Orbax checkpoint."""
     if not path.is_dir():
-        return path if path.suffix else None
+        return path
     if (path / safetensors_io.SINGLE).exists() or (path / safetensors_io.INDEX).exists():
         return path
     if (path / _ADAPTER).exists():

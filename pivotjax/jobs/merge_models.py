@@ -48,6 +48,8 @@ def merge_models(
     options = registry.resolve(method, plan.parameters, list(opened.experts))
     merging = Merging(method, options, _dtype(plan.dtype))
     units = out_of_core.in_units(opened, merging, copied)
+    if all(unit.options is None for unit in units):
+        raise InputError(f"{inputs.donor.path} has no floating-point tensor in common with the others")
     report: dict[str, Any] = {}
     likeness = _siblings(opened, [name for unit in units if unit.options is not None for name in unit.names])
     if likeness:

@@ -165,7 +165,7 @@ def _finish(seen: Updates, merged: list[jax.Array], target: PyTree) -> PyTree:
             if not ok:
                 raise InputError(f"the merged leaf {path!r} overflows {leaf.dtype}; use a smaller scale or a wider "
                                  "dtype")
-    leaves = [np.asarray(leaf) if isinstance(like, np.ndarray) else leaf for leaf, like in zip(leaves, targets)]
+        leaves = [np.asarray(leaf) if isinstance(like, np.ndarray) else leaf for leaf, like in zip(leaves, targets)]
     return jax.tree_util.tree_unflatten(seen.layout.treedef, leaves)
 
 

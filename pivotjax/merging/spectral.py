@@ -380,20 +380,25 @@ def fit(moment: Array, gram: Array, fallback: Array, route: Callable[[Array, Arr
 
 
 def solve(right: Array, matrix: Array) -> Array:
-    """`right matrix^-1` for symmetric positive definite `[..., n, n]`: Cholesky; on TPU `solve_by_eigh`."""
-    return lax.platform_dependent(right, matrix, tpu=solve_by_eigh, default=_solve_by_cholesky)
+    """`right matrix^-1` for symmetric positive definite `[..., n, n]`: Cholesky; on TPU `solve_by_products`."""
+    return lax.platform_dependent(right, matrix, tpu=solve_by_products, default=_solve_by_cholesky)
 
 
-def solve_by_eigh(right: Array, matrix: Array) -> Array:
-    """`solve` for TPU: through the eigenvectors, then one step of iterative refinement."""
-    values, vectors = eigh(matrix)
-    inverse = 1 / jnp.maximum(values, jnp.finfo(matrix.dtype).eps * values[..., :1])[..., None, :]
+def solve_by_products(right: Array, matrix: Array) -> Array:
+    """`solve` for TPU: conjugate gradients, a system for each row of `right`, to a relative residual of 1e-6 (float64:
+    1e-12) or 500 steps. Wants a diagonal of about 1."""
+    tolerance, size = (1e-12 if right.dtype == jnp.float64 else 1e-6) ** 2, (right * right).sum(-1, keepdims=True)
 
-    def refine(_, solved):
-        missing = right - matmul(solved, matrix)
-        return solved + matmul(matmul(missing, vectors) * inverse, transpose(vectors))
+    def improve(state):
+        step, solved, rest, direction, square = state
+        image = matmul(direction, matrix)
+        length = square / _nonzero((direction * image).sum(-1, keepdims=True))
+        rest = rest - length * image
+        new = (rest * rest).sum(-1, keepdims=True)
+        return step + 1, solved + length * direction, rest, rest + new / _nonzero(square) * direction, new
 
-    return lax.fori_loop(0, 2, refine, jnp.zeros_like(right))
+    start = 0, jnp.zeros_like(right), right, right, size
+    return lax.while_loop(lambda state: (state[0] < 500) & (state[4] > tolerance * size).any(), improve, start)[1]
 
 
 def _solve_by_cholesky(right: Array, matrix: Array) -> Array:

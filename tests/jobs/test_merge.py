@@ -19,7 +19,7 @@ from tiny_projectors import tiny
 import pivotjax
 from pivotjax.checkpoints import store, tensors, torch_bridge
 from pivotjax.jobs import merge as job
-from pivotjax.jobs import out_of_core
+from pivotjax.jobs import methods, out_of_core
 from pivotjax.merging import recipe
 from pivotjax.models import projector
 
@@ -300,6 +300,11 @@ def test_help_tells_of_a_methods_options(command):
     assert "RECIPE.yaml" in everything and "--experts" in everything and "--method" in everything
 
 
+@pytest.mark.parametrize("name", pivotjax.merging.METHODS)
+def test_help_explains_every_option_of_every_method(name):
+    assert set(methods.option_docs(name)) >= set(pivotjax.merging.METHODS[name].options)
+
+
 def test_a_method_that_needs_all_tensors_must_fit(refused, models):
     line = refused(*arguments(models, "--method", "metagpt", "--max-memory", "10KB"))
     assert "'metagpt' must see all tensors of the model together" in line and "--max-memory" in line
@@ -365,6 +370,15 @@ def test_quantised_models_are_refused(refused, models):
         writer.write("a.weight", eight)
     assert "float8_e4m3fn, a quantised model" in refused(*arguments(models, "--method", "average", experts=("eight",),
                                                                     base=None))
+
+
+def test_models_with_nothing_to_merge_are_refused(refused, models):
+    tiny_models.write(models / "one", 1)
+    save_file({"ids": np.arange(3)}, models / "one/model.safetensors")
+    line = refused(*arguments(models, "--method", "average", experts=("one",), base=None))
+    assert "no floating-point tensor in common" in line
+    line = refused(*arguments(models, "--method", "ties", "--allow-missing", experts=("one",)))
+    assert "no floating-point tensor in common" in line
 
 
 def test_lora_factors_are_refused(refused, models):
@@ -441,6 +455,12 @@ def test_orbax_projectors_have_one_start_by_their_init_id(command, family, tmp_p
     family.write("dogs", tiny(2), init_id="two")
     assert command("merge", family.recipe, "--allow-different-init", "--out", tmp_path / "again").status == 0
     assert "siblings" in report_of(tmp_path / "again")
+
+
+def test_what_is_not_there_is_not_downloaded(refused, tmp_path):
+    for path in ("mistralai/Mistral-7B-v0.1", tmp_path / "none", tmp_path / "none.safetensors"):
+        line = refused("merge", "--method", "average", "--experts", path, "--out", tmp_path / "out")
+        assert f"no checkpoint at {path}" in line and "nothing is downloaded" in line
 
 
 def test_a_projector_and_a_model_cannot_be_merged(refused, family, models):

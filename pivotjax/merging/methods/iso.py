@@ -93,9 +93,11 @@ def _blocks(update: Array, shared: int, own: int) -> tuple[Array, Array, Array]:
     left, right, sigmas = [], [], []
     inside = jnp.zeros((*update.shape[1:-1], 0), update.dtype)
     if shared:
-        u, sigma, v = leading_triplets(update.sum(0, keepdims=True), shared)
-        inside = u[0]
-        left, right, sigmas = [inside], [v[0]], [sigma[0]]
+        # All triplets, cut: nearly as many are wanted, and the Gram matrix behind a few cannot tell apart those of a
+        # flat tail, where the cut lies.
+        u, sigma, v = leading_triplets(update.sum(0, keepdims=True), min(update.shape[-2:]))
+        inside = u[0, ..., :shared]
+        left, right, sigmas = [inside], [v[0, ..., :shared]], [sigma[0, ..., :shared]]
     if own:
         rest = jax.lax.map(lambda d: d - matmul(inside, matmul(transpose(inside), d)), update)
         rounding = spectral.tolerance(update) * spectral.norm(update, (-2, -1))
