@@ -14,7 +14,8 @@ What to expect (float32, n up to a few thousand; tests/merging/test_spectral.py 
 """
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax import lax
 from jax.lax import linalg
 
 Array = jax.Array
+PyTree = Any
 Basis = Literal["energy", "cross", "average"]
 
 
@@ -66,10 +68,21 @@ def eigh(x: Array) -> tuple[Array, Array]:
     def jacobi(x):
         return linalg.eigh(x, implementation=linalg.EighImplementation.JACOBI)
 
-    vectors, values = lax.platform_dependent(x, tpu=jacobi, default=linalg.eigh)
+    vectors, values = lax.platform_dependent(x, tpu=jacobi, default=partial(_one_by_one, linalg.eigh))
     values, vectors = values[..., ::-1], vectors[..., ::-1]
     largest = jnp.take_along_axis(vectors, jnp.abs(vectors).argmax(-2, keepdims=True), -2)
     return values, vectors * jnp.where(largest < 0, -1, 1)
+
+
+def _one_by_one(routine: Callable[..., PyTree], *batches: Array) -> PyTree:
+    """A LAPACK routine over `[..., m, n]`, a matrix after the other.
+
+    jaxlib spreads a batch over its thread pool and waits for it *on* that pool: two such calls in one program can wait for
+    each other for ever. Nothing is lost, because LAPACK has threads of its own.
+    """
+    lead = batches[0].shape[:-2]
+    results = lax.map(lambda one: routine(*one), tuple(x.reshape(-1, *x.shape[-2:]) for x in batches))
+    return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), results)
 
 
 def svd(x: Array, rank: int | None = None) -> tuple[Array, Array, Array]:
@@ -84,7 +97,7 @@ def svd(x: Array, rank: int | None = None) -> tuple[Array, Array, Array]:
         v, sigma, u = svd(transpose(x), rank)
         return u, sigma, v
     if rank is None or rank >= n:
-        return lax.platform_dependent(x, tpu=svd_by_products, default=_svd_by_lapack)
+        return lax.platform_dependent(x, tpu=svd_by_products, default=partial(_one_by_one, _svd_by_lapack))
     v = eigh(matmul(transpose(x), x))[1][..., :rank]
     image = matmul(x, v)
     sigma = norm(image, -2)
@@ -165,9 +178,14 @@ def _orthonormal_by_cholesky(x: Array) -> Array:
         dead = length <= jnp.finfo(x.dtype).tiny ** 0.5
         x = x / jnp.where(dead, 1, length)[..., None, :]
         gram = matmul(transpose(x), x) + (shift + dead)[..., None, :] * jnp.eye(x.shape[-1], dtype=x.dtype)
-        factor = jnp.linalg.cholesky(gram)
-        x = linalg.triangular_solve(factor, x, left_side=False, lower=True, transpose_a=True)
+        x = _one_by_one(_divided_by_root, x, gram)
     return x
+
+
+def _divided_by_root(x: Array, gram: Array) -> Array:
+    """`x L'^-1` with `gram = L L'`."""
+    factor = jnp.linalg.cholesky(gram)
+    return linalg.triangular_solve(factor, x, left_side=False, lower=True, transpose_a=True)
 
 
 def polar(x: Array) -> Array:
@@ -179,9 +197,7 @@ def polar(x: Array) -> Array:
     m, n = x.shape[-2:]
     if m < n:
         return transpose(polar(transpose(x)))
-    flat = x.reshape(-1, m, n)
-    flat = lax.platform_dependent(flat, tpu=polar_by_products, default=lambda y: lax.map(_polar_by_newton, y))
-    return flat.reshape(x.shape)
+    return lax.platform_dependent(x, tpu=polar_by_products, default=partial(_one_by_one, _polar_by_newton))
 
 
 def polar_by_products(x: Array) -> Array:
@@ -381,7 +397,8 @@ def fit(moment: Array, gram: Array, fallback: Array, route: Callable[[Array, Arr
 
 def solve(right: Array, matrix: Array) -> Array:
     """`right matrix^-1` for symmetric positive definite `[..., n, n]`: Cholesky; on TPU `solve_by_products`."""
-    return lax.platform_dependent(right, matrix, tpu=solve_by_products, default=_solve_by_cholesky)
+    by_cholesky = partial(_one_by_one, _solve_by_cholesky)
+    return lax.platform_dependent(right, matrix, tpu=solve_by_products, default=by_cholesky)
 
 
 def solve_by_products(right: Array, matrix: Array) -> Array:
