@@ -12,7 +12,7 @@ from pivotjax.errors import InputError
 COMMANDS = {
     "demo": "the whole mission on real weights and images: fetch, pre-train, merge, evaluate, report, export",
     "pretrain": "pre-train K domain experts in one program (recipe: train/mini.yaml)",
-    "merge": "merge projectors (recipe: merge/pivot.yaml)",
+    "merge": "merge projectors, LoRA adapters or whole models (recipe: merge/pivot.yaml)",
     "evaluate": "measure projectors on every domain (recipe: eval/mini.yaml)",
     "generate": "caption a picture: pivotjax generate IMAGE [PROMPT] --model CHECKPOINT",
     "inspect": "say what a checkpoint is",

@@ -20,6 +20,7 @@ from pivotjax.jobs.inspect import InspectConfig
 from pivotjax.jobs.merge import MergeConfig
 from pivotjax.jobs.methods import MethodsConfig
 from pivotjax.jobs.pretrain import PretrainConfig
+from pivotjax.jobs.sweep import SweepConfig
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -174,6 +175,7 @@ COMMANDS = {
     "demo": DemoConfig,
     "pretrain": PretrainConfig,
     "merge": MergeConfig,
+    "sweep": SweepConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "inspect": InspectConfig,

@@ -110,6 +110,19 @@ def open_adapter(checkpoint: Checkpoint, folder: Path) -> Adapter:
     return Adapter(checkpoint, files.read_json(folder / CONFIG))
 
 
+def check_same_scale(folders: Mapping[str, Path]) -> None:
+    """InputError unless all adapters multiply their factors by the same alpha / r: else factors cannot be merged."""
+    keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    seen = {name: {key: files.read_json(folder / CONFIG).get(key) or None for key in keys}
+            for name, folder in folders.items()}
+    (first, config), *rest = seen.items()
+    for name, other in rest:
+        key = next((key for key in keys if other[key] != config[key]), None)
+        if key:
+            raise InputError(f"{first} has {key} {config[key]} and {name} has {other[key]}: their LoRA factors cannot be "
+                             "merged; leave out --lora factors")
+
+
 class AdapterWriter:
     """Takes merged products and writes them as factors, with a config of their rank and alpha (scale 1).
 
@@ -120,7 +133,7 @@ class AdapterWriter:
     """
 
     def __init__(self, folder: Path, donor: Adapter, rank: int):
-        self._folder, self._donor, self._rank = folder, donor, rank
+        self._folder, self._donor, self.rank = folder, donor, rank
         self._tensors: dict[str, np.ndarray] = {}
         self.kept: dict[str, float] = {}  # share of each product's squared norm that the rank keeps
 
@@ -131,9 +144,9 @@ class AdapterWriter:
             return
         a, b = self._donor._factors[name]
         dtype = self._donor._held.specs[a].dtype
-        rank = min(self._rank, *tensor.shape)
+        rank = min(self.rank, *tensor.shape)
         left, right, kept = jax.device_get(_factors(jnp.asarray(tensor), rank))
-        room = self._rank - rank  # one rank in the config for all: small modules get idle directions
+        room = self.rank - rank  # one rank in the config for all: small modules get idle directions
         self._tensors[b] = np.pad(left, ((0, 0), (0, room))).astype(dtype)
         self._tensors[a] = np.pad(right, ((0, room), (0, 0))).astype(dtype)
         self.kept[name] = float(kept)
@@ -144,7 +157,7 @@ class AdapterWriter:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is not None:
             return
-        config = self._donor.config | {"r": self._rank, "lora_alpha": self._rank, "use_rslora": False}
+        config = self._donor.config | {"r": self.rank, "lora_alpha": self.rank, "use_rslora": False}
         config |= {key: {} for key in ("rank_pattern", "alpha_pattern") if config.get(key)}
         files.write_bytes(self._folder / WEIGHTS, save(self._tensors, metadata={"format": "pt"}))
         files.write_bytes(self._folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())

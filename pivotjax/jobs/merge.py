@@ -76,10 +76,17 @@ class MergeConfig:
     """Whole models are merged out of core: memory for K + 2 chunks, or K + 2 of the largest tensor."""
     max_memory: str = "16GB"
     """A method that must see all tensors of a whole model at once is refused where that takes more."""
+    lora: Literal["products", "factors"] = "products"
+    """LoRA adapters (with base zero): merge the updates B A that they stand for, or the factors A and B as they are."""
+    lora_rank: int | None = None
+    """Rank of an adapter merged from products; default: the sum of the experts' ranks, which loses nothing of a linear
+    merge. The report tells how much of each update the rank keeps."""
     cache: Path | None = None
     """Folder for downloads and features (default: $PIVOTJAX_CACHE, else ~/.cache/pivotjax)."""
 
     def __post_init__(self):
+        if self.lora_rank is not None:
+            configs.check_least(self, lora_rank=1)
         size(self.chunk), size(self.max_memory)
         if self.format == "bin":
             raise InputError("format bin is a torch pickle, which is not written here; choose safetensors, which torch "
@@ -119,7 +126,7 @@ def run(config: MergeConfig, plan: MergeRecipe) -> dict[str, Any]:
     _check_out(config.out, plan, resolved)
     for note in plan.notes:
         say(f"note: {note}")
-    with merge_inputs.open_all(plan) as inputs:
+    with merge_inputs.open_all(plan, config.lora == "factors") as inputs:
         whole = not inputs.are_projectors or (config.allow_missing and inputs.donor.checkpoint is not None)
         with files.atomic_path(config.out) as folder:
             folder.mkdir()
@@ -253,7 +260,7 @@ def _merge_models(config: MergeConfig, plan: MergeRecipe, inputs: Opened, folder
         raise InputError("calibration and tune are for projectors; whole models are merged without data")
     if config.format == "orbax":
         raise InputError("format orbax is for projectors; whole models are written as safetensors")
-    limits = merge_models.Limits(size(config.chunk), size(config.max_memory))
+    limits = merge_models.Limits(size(config.chunk), size(config.max_memory), config.lora_rank)
     report, notes = merge_models.merge_models(plan, inputs, folder, limits, config.allow_missing)
     if "siblings" in report:
         notes += _warned(report["siblings"])

@@ -7,14 +7,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from pivotjax.checkpoints import safetensors_io, store, tensors, torch_bridge
+from pivotjax.checkpoints import lora, safetensors_io, store, tensors, torch_bridge
 from pivotjax.checkpoints.tensors import Checkpoint
 from pivotjax.errors import InputError
 from pivotjax.merging.recipe import BASES, MergeRecipe
 
 THE_BASE = "the base"
 _PROJECTORS = ("mm_projector.safetensors", "mm_projector.bin")  # as LLaVA's folders of pre-trained projectors name them
-_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -77,28 +76,37 @@ class Opened:
                 one.checkpoint.close()
 
 
-def open_all(plan: MergeRecipe) -> Opened:
-    """Opens what a recipe names; InputError says which is missing, broken or of no kind that can be merged."""
+def open_all(plan: MergeRecipe, factors: bool = False) -> Opened:
+    """Opens what a recipe names; InputError says which is missing, broken or of no kind that can be merged.
+
+    `factors`: LoRA adapters are opened as their factors A and B, else as the products that they add to a model.
+    """
     opened: dict[str, Input] = {}
 
     def once(path: str) -> Input:
         if path not in opened:
-            opened[path] = open_input(Path(path))
+            opened[path] = open_input(Path(path), factors)
         return opened[path]
 
     base = once(plan.base_model) if plan.base_model not in (None, *BASES) else None
     experts = {name: once(path) for name, path in plan.models}
     donor = once(plan.donor) if plan.donor else base or next(iter(experts.values()))
     found = Opened(experts, base, donor)
+    if factors:
+        lora.check_same_scale({name: one.path for name, one in found.experts.items()})
     kinds = {name: one.projector is not None for name, one in found.named.items()}
     orbax = next((name for name, one in found.named.items() if one.checkpoint is None), None)
+    adapters = {name: isinstance(one.checkpoint, lora.Adapter) for name, one in found.named.items()}
+    if any(adapters.values()) and not all(adapters.values()):
+        one, other = (next(name for name, is_one in adapters.items() if is_one is kind) for kind in (True, False))
+        raise InputError(f"{one} is a LoRA adapter and {other} is not; adapters are merged with adapters, from base zero")
     if orbax and not found.are_projectors:
         other = next(name for name, is_projector in kinds.items() if not is_projector)
         raise InputError(f"{orbax} is a projector and {other} is not; merge projectors with projectors")
     return found
 
 
-def open_input(path: Path) -> Input:
+def open_input(path: Path, factors: bool = False) -> Input:
     """One checkpoint of any format."""
     if not path.exists():
         raise InputError(f"no checkpoint at {path}; give a projector checkpoint, a safetensors file, a model's folder "
@@ -107,8 +115,8 @@ def open_input(path: Path) -> Input:
     if weights is None:
         return Input(path, None, store.load_projector(path))
     checkpoint = tensors.open_checkpoint(weights)
-    if (path.is_dir() and (path / _ADAPTER).exists()) or any(".lora_" in name for name in checkpoint.specs):
-        raise InputError(f"{path} holds LoRA factors, not weights: merge it into its base model first")
+    if lora.is_adapter(checkpoint) and not factors:
+        return Input(path, lora.open_adapter(checkpoint, path if path.is_dir() else path.parent), None)
     return Input(path, checkpoint, _projector(weights, checkpoint))
 
 
@@ -118,7 +126,7 @@ def _weights(path: Path) -> Path | None:
         return path
     if (path / safetensors_io.SINGLE).exists() or (path / safetensors_io.INDEX).exists():
         return path
-    if (path / _ADAPTER).exists():
+    if (path / lora.CONFIG).exists():
         return next(path.glob("adapter_model.*"), path)
     return next((path / name for name in _PROJECTORS if (path / name).is_file()),
                 path if (path / "config.json").exists() else None)

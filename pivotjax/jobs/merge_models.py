@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pivotjax import files
-from pivotjax.checkpoints import safetensors_io, tensors
+from pivotjax.checkpoints import lora, safetensors_io, tensors
 from pivotjax.checkpoints.tensors import Checkpoint, Spec
 from pivotjax.errors import InputError
 from pivotjax.jobs import merge_inputs, out_of_core
@@ -27,10 +27,12 @@ _OURS = ("README.md", "config.yaml", "merge_report.json", safetensors_io.INDEX, 
 
 
 class Limits(NamedTuple):
-    """Bytes: a chunk of the out-of-core merge, and what a merge in memory may take."""
+    """Bytes: a chunk of the out-of-core merge, and what a merge in memory may take; the rank of merged LoRA adapters
+    (None: the sum of the experts')."""
 
     chunk: int
     memory: int
+    lora_rank: int | None = None
 
 
 def merge_models(
@@ -55,13 +57,15 @@ def merge_models(
     if likeness:
         report["siblings"] = likeness
     specs = out_of_core.specs_of_result(opened, merging.dtype)
-    with tensors.ShardedWriter(folder, _shards(inputs.donor.path, opened.donor, specs), {"format": "pt"}) as writer:
+    with _writer(folder, inputs, opened, specs, limits) as writer:
         if any(method.scope_at(unit.options) == "model" for unit in units if unit.options is not None):
             found = _in_memory(opened, merging, units, writer, limits.memory)
         else:
             largest = max(spec.nbytes for spec in opened.donor.specs.values())
             budget = (len(opened.experts) + 2) * max(limits.chunk, largest)
             found = out_of_core.stream(opened, merging, units, writer, budget)
+    if isinstance(writer, lora.AdapterWriter):
+        report["lora"] = {"rank": writer.rank, "norm_kept": writer.kept}
     notes += copy_small_files(inputs.donor.path, folder, plan.dtype)
     report |= _report(merging, opened, found)
     if copied:
@@ -71,6 +75,15 @@ def merge_models(
                      f"{', ...' if len(copied) > 3 else ''}")
         say(f"note: {notes[-1]}")
     return report, notes
+
+
+def _writer(
+    folder: Path, inputs: Opened, opened: Inputs, specs: Mapping[str, Spec], limits: Limits
+) -> tensors.ShardedWriter | lora.AdapterWriter:
+    if not isinstance(opened.donor, lora.Adapter):
+        return tensors.ShardedWriter(folder, _shards(opened.donor, specs), {"format": "pt"})
+    rank = limits.lora_rank or sum(expert.rank for expert in opened.experts.values())
+    return lora.AdapterWriter(folder, opened.donor, rank)
 
 
 def _inputs(plan: MergeRecipe, inputs: Opened) -> Inputs:
@@ -97,7 +110,7 @@ def _checked(plan: MergeRecipe, inputs: Inputs) -> list[str]:
 
 def _siblings(inputs: Inputs, merged: list[str]) -> dict[str, Any] | None:
     """The same-initialisation test on the first matrix inside a block, for experts that nothing vouches for."""
-    if inputs.measured_from == "file" or len(inputs.experts) < 2:
+    if inputs.measured_from == "file" or len(inputs.experts) < 2 or isinstance(inputs.donor, lora.Adapter):
         return None
     depths = settings.relative_depths(merged)
     inside = [name for name in merged if settings.in_block(name) and len(inputs.donor.specs[name].shape) == 2]
@@ -149,7 +162,7 @@ def _report(merging: Merging, inputs: Inputs, found: Found) -> dict[str, Any]:
         cosines = total / np.maximum(norms[:, None] * norms, np.finfo(np.float32).tiny)
         layers[name.removesuffix(".weight")] = {
             "update_norms": dict(zip(inputs.experts, norms.tolist())), "cosines": cosines.tolist()}
-    for label, facts in diagnostics.plain(found.layers).items():
+    for label, facts in diagnostics.plain({"layers": found.layers})["layers"].items():
         layers[label] = layers.get(label, {}) | facts
     return {
         "method": merging.method.name,
@@ -165,12 +178,12 @@ def _dtype(word: str | None) -> np.dtype | None:
     return None if word is None else np.dtype(jnp.dtype(word))
 
 
-def _shards(path: Path, donor: Checkpoint, specs: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:
+def _shards(donor: Checkpoint, specs: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:
     """The donor's files where it has several (and they do not grow), else one, or as many as its size asks for."""
     grown = tensors.sizes(specs.values()) > tensors.sizes(donor.specs.values())
     if len(donor.files) > 1 and not grown:
         return {file: {name: specs[name] for name in names} for file, names in donor.files.items()}
-    return tensors.sharded(specs, _SHARD)
+    return tensors.sharded(specs, _SHARD, "adapter_model" if lora.is_adapter(donor) else "model")
 
 
 def copy_small_files(source: Path, folder: Path, dtype: str | None) -> list[str]:
@@ -179,7 +192,7 @@ def copy_small_files(source: Path, folder: Path, dtype: str | None) -> list[str]
         return []
     notes = []
     for path in sorted(source.iterdir()):
-        if not path.is_file() or path.suffix in _WEIGHTS or path.name in _OURS or path.name.startswith("."):
+        if (folder / path.name).exists() or not path.is_file() or path.suffix in _WEIGHTS or path.name in _OURS or path.name.startswith("."):
             continue
         if path.stat().st_size > _SMALL:
             notes.append(f"{path.name} is large and was not copied")

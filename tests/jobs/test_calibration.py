@@ -176,7 +176,7 @@ def test_methods_run_on_it(experts, data):
     base = jax.tree.map(lambda leaf: leaf.mean(0) * 0.9, experts)
     named = {"cats": one(experts, 0), "others": one(experts, 1)}
     merged = pivotjax.merge(base, named, "adamerging", calibration=data, lr=0.05, steps=12)
-    losses = merged.report["layers"]["all layers"]["losses"]
+    losses = merged.report["facts"]["losses"]
     final = data.loss(jax.tree.map(lambda leaf: leaf[None], merged.params))
     assert len(losses) == 12 and float(final[0]) < losses[-1] < losses[0]
     merged = pivotjax.merge(None, named, "fisher", calibration=data)

@@ -176,6 +176,22 @@ def check_average(world, method):
     assert_close(method(world), {n: sum(e[n] for e in experts) / len(experts) for n in experts[0]}, 1e-5)
 
 
+@pytest.mark.parametrize("name, calibrated", CASES)
+def test_every_method_can_be_traced(name, calibrated):
+    """As part of a jitted program: no method looks at a value. (Values are compared where methods are tested.)"""
+    world = make_world(count=2) if name in PAIRS else make_world()
+    extra = {"calibration": world.calibration} if calibrated else {}
+    options = {"steps": 2} if name == "adamerging" else {}
+
+    def program(base, experts):
+        result = pivotjax.merge(base, experts, name, **extra, **options)
+        return result.params, result.report["layers"], result.report["facts"]
+
+    params, layers, _ = jax.eval_shape(program, world.base, world.experts)
+    assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda a: a.shape, world.base)
+    assert layers["linear_1"]["cosines"].shape == (len(world.experts),) * 2
+
+
 def test_every_declared_law_is_known():
     for m in METHODS.values():
         assert set(m.laws) <= set(LAWS)
