@@ -1,8 +1,8 @@
 """LoRA adapters as PEFT saves them, seen as what they add to a model: the products `scale B A`, module by module.
 
-Two adapters may hold the same update in different factors (`B R^-1`, `R A`), so merging factors mixes what does not belong
-together; products are what can be merged. A merged product goes back to disk as factors of a rank that the user may
-choose.
+Two adapters may hold the same update in different factors (`B R^-1`, `R A`), so merging factors mixes what does not
+belong together; products are what can be merged. A merged product goes back to disk as factors of a rank that the
+user may choose.
 """
 
 import json
@@ -32,8 +32,8 @@ def is_adapter(checkpoint: Checkpoint) -> bool:
 
 
 class Adapter(Checkpoint):
-    """An adapter's products as tensors `MODULE.weight`, float32 `[d_out, d_in]`, beside what else it holds (trained biases,
-    `modules_to_save`).
+    """An adapter's products as tensors `MODULE.weight`, float32 `[d_out, d_in]`, beside what else it holds (trained
+    biases, `modules_to_save`).
 
     Args:
         checkpoint: of the factors, open; it is closed with this one.
@@ -62,8 +62,8 @@ class Adapter(Checkpoint):
                                  "those of linear layers can be merged")
         other = next((name for name in self._held.specs if ".lora_" in name and not _FACTOR.fullmatch(name)), None)
         if other or self.config.get("use_dora"):
-            raise InputError(f"{self.path}: {other or 'DoRA'} is no plain LoRA of a linear layer; merge the adapter into "
-                             "its base model, and the models")
+            raise InputError(f"{self.path}: {other or 'DoRA'} is no plain LoRA of a linear layer; merge the adapter "
+                             "into its base model, and the models")
 
     def _product(self, a: str, b: str) -> Spec:
         return Spec(np.dtype(np.float32), (self._held.specs[b].shape[0], self._held.specs[a].shape[1]))
@@ -119,8 +119,8 @@ def check_same_scale(folders: Mapping[str, Path]) -> None:
     for name, other in rest:
         key = next((key for key in keys if other[key] != config[key]), None)
         if key:
-            raise InputError(f"{first} has {key} {config[key]} and {name} has {other[key]}: their LoRA factors cannot be "
-                             "merged; leave out --lora factors")
+            raise InputError(f"{first} has {key} {config[key]} and {name} has {other[key]}: their LoRA factors cannot "
+                             "be merged; leave out --lora factors")
 
 
 class AdapterWriter:

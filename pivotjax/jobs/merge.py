@@ -50,13 +50,13 @@ def size(text: str) -> int:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Merges projectors or whole models, by a recipe in mergekit's vocabulary or by the command line alone:
+    """Merges projectors, LoRA adapters or whole models, by a mergekit-style recipe or by the command line alone:
 
     `pivotjax merge RECIPE.yaml --out DIR [--OPTION VALUE ...]`
 
     `pivotjax merge --method ties --base B --experts [NAME=]E1 E2 ... --out DIR --density 0.2`
 
-    Inputs: projector checkpoints (Orbax), safetensors files, Hugging Face folders, `mm_projector.bin`. `--base` is what
+    Inputs: projectors (Orbax, safetensors, `mm_projector.bin`), Hugging Face folders, LoRA adapters. `--base` is what
     the experts started from, or `mean` or `zero`. `--dtype` float32, bfloat16, float16 or float64. The method's
     options are flags: `pivotjax merge --method ties --help` lists them, `pivotjax methods` lists the methods."""
 

@@ -99,7 +99,8 @@ def open_all(plan: MergeRecipe, factors: bool = False) -> Opened:
     adapters = {name: isinstance(one.checkpoint, lora.Adapter) for name, one in found.named.items()}
     if any(adapters.values()) and not all(adapters.values()):
         one, other = (next(name for name, is_one in adapters.items() if is_one is kind) for kind in (True, False))
-        raise InputError(f"{one} is a LoRA adapter and {other} is not; adapters are merged with adapters, from base zero")
+        raise InputError(f"{one} is a LoRA adapter and {other} is not; adapters are merged with adapters, from base "
+                         "zero")
     if orbax and not found.are_projectors:
         other = next(name for name, is_projector in kinds.items() if not is_projector)
         raise InputError(f"{orbax} is a projector and {other} is not; merge projectors with projectors")

@@ -192,7 +192,8 @@ def copy_small_files(source: Path, folder: Path, dtype: str | None) -> list[str]
         return []
     notes = []
     for path in sorted(source.iterdir()):
-        if (folder / path.name).exists() or not path.is_file() or path.suffix in _WEIGHTS or path.name in _OURS or path.name.startswith("."):
+        ours = path.name in _OURS or (folder / path.name).exists()
+        if ours or not path.is_file() or path.suffix in _WEIGHTS or path.name.startswith("."):
             continue
         if path.stat().st_size > _SMALL:
             notes.append(f"{path.name} is large and was not copied")

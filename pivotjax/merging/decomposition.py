@@ -2,7 +2,7 @@
 
 An expert's *effect* `E_k` is its update seen in the metric M of its layer's inputs, `E_k = D_k M^(1/2)`; without a
 metric it is the update. On the output side no root is ever taken: all that is needed are inner products
-`<a, b> = a M b'` of the rows of `U'D_k`, and what the filter does to a row is to mix it with the same row of the others.
+`<a, b> = a M b'` of the rows of `U'D_k`, and what the filter does to a row is to mix it with that row of the others.
 """
 
 from dataclasses import dataclass
@@ -143,8 +143,8 @@ def moment(effects: Array, partners: Array, basis: Basis) -> Array:
     `B_k = partners[k]`:
 
     `energy`: `sum_k A_k B_k`, for the left singular vectors of `[E_1 ... E_K]`, the largest together;
-    `cross`: `sum_{j != k} A_j B_k`, what different experts have in common; a negative eigenvalue is a direction in which
-    experts contradict each other. With one expert nothing is common and `energy` is meant;
+    `cross`: `sum_{j != k} A_j B_k`, what different experts have in common; a negative eigenvalue is a direction in
+    which experts contradict each other. With one expert nothing is common and `energy` is meant;
     `average`: `(sum_k A_k)(sum_k B_k)`, for the left singular vectors of the mean effect.
     """
     if basis == "average":

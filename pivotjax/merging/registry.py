@@ -52,8 +52,8 @@ class Merged(NamedTuple):
 
     `leaves`: the merged *update*, one array a leaf in the layout's order (the caller adds the base);
     `layers`: what it has to report, `{layer label: {...}}`, numbers, words and arrays (traced ones too: nothing that
-    is reported may force a value); `facts`: the same of the merge as a whole; `options`: those it chose itself; `exceptions`: leaves to which its formula does not
-    apply, and what was done instead, `{leaf path: sentence}`.
+    is reported may force a value); `options`: those it chose itself; `exceptions`: leaves to which its formula does not
+    apply, and what was done instead, `{leaf path: sentence}`; `facts`: what it has to report of the merge as a whole.
     """
 
     leaves: list[jax.Array]

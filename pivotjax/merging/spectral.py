@@ -9,8 +9,10 @@ What to expect (float32, n up to a few thousand; tests/merging/test_spectral.py 
 - Spaces and singular triplets of well separated spectra: subspace error, orthogonality and reconstruction within 1e-5
   of the largest singular value, sigma itself within 1e-5 of the largest.
 - A Gram matrix squares the condition number: of leading triplets and spaces (`rank` given) only what lies above about
-  1e-3 of the largest singular value can be trusted; below `tolerance` directions are noise, counted as zero and left out of the numerical rank.
-- Inside a cluster of equal singular values single directions are arbitrary; projectors, polar factors and products are not.
+  1e-3 of the largest singular value can be trusted; below `tolerance` directions are noise, counted as zero and left
+  out of the numerical rank. The error of a leading space is about `eps s_1^2 / (s_r^2 - s_(r+1)^2)`: a cut inside a
+  flat spectrum is as arbitrary as the spectrum is flat.
+- Inside a cluster of equal singular values single directions are arbitrary; polar factors and products are not.
 """
 
 from collections.abc import Callable
@@ -77,8 +79,8 @@ def eigh(x: Array) -> tuple[Array, Array]:
 def _one_by_one(routine: Callable[..., PyTree], *batches: Array) -> PyTree:
     """A LAPACK routine over `[..., m, n]`, a matrix after the other.
 
-    jaxlib spreads a batch over its thread pool and waits for it *on* that pool: two such calls in one program can wait for
-    each other for ever. Nothing is lost, because LAPACK has threads of its own.
+    jaxlib spreads a batch over its thread pool and waits for it *on* that pool: two such calls in one program can wait
+    for each other for ever. Nothing is lost, because LAPACK has threads of its own.
     """
     lead = batches[0].shape[:-2]
     results = lax.map(lambda one: routine(*one), tuple(x.reshape(-1, *x.shape[-2:]) for x in batches))
@@ -89,8 +91,9 @@ def svd(x: Array, rank: int | None = None) -> tuple[Array, Array, Array]:
     """Singular triplets of `[..., m, n]`: U `[..., m, r]`, sigma `[..., r]` descending, V `[..., n, r]`.
 
     All min(m, n) of them: LAPACK; on TPU the polar factor P and then `eigh` of `P'x` (Higham and Papadimitriou 1993).
-    Only the leading `rank`: the eigenvectors of the smaller Gram matrix; the other side is `x V / sigma`, brought back to
-    orthonormal columns, which costs accuracy where sigma is small: see the module. sigma below the numerical rank is 0.
+    Only the leading `rank`: the eigenvectors of the smaller Gram matrix; the other side is `x V / sigma`, brought
+    back to orthonormal columns, which costs accuracy where sigma is small: see the module. sigma below the numerical
+    rank is 0.
     """
     m, n = x.shape[-2:]
     if m < n:
@@ -192,7 +195,8 @@ def polar(x: Array) -> Array:
     """The polar factor of `[..., m, n]`: U V' of its thin SVD, the nearest matrix with orthonormal rows or columns.
 
     Where x is rank-deficient the factor is U_r V_r' of its numerical rank r, a partial isometry (0 for x = 0).
-    Newton's iteration with scaled inverses on CPU, half the time of an SVD; rank-deficient matrices, and all on TPU: `svd`.
+    Newton's iteration with scaled inverses on CPU, half the time of an SVD; rank-deficient matrices, and all on TPU: by
+    `svd`.
     """
     m, n = x.shape[-2:]
     if m < n:

@@ -25,18 +25,21 @@ def adapter(folder, seed, rank=4, alpha=8, dtype=np.float32, **config):
 
 def products(folder):
     """What PEFT adds to each module's weight."""
-    tensors, config = load_file(folder / "adapter_model.safetensors"), json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
     root = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
-    return {m: config["lora_alpha"] / root * tensors[f"{m}.lora_B.weight"] @ tensors[f"{m}.lora_A.weight"] for m in MODULES}
+    scale = config["lora_alpha"] / root
+    return {m: scale * tensors[f"{m}.lora_B.weight"] @ tensors[f"{m}.lora_A.weight"] for m in MODULES}
 
 
 def merge(method, out, *experts, options=()):
-    cli.main(["merge", "--method", method, "--base", "zero", "--experts", *map(str, experts), "--out", str(out), *options])
+    command = ["merge", "--method", method, "--base", "zero", "--out", str(out), *options]
+    cli.main([*command, "--experts", *map(str, experts)])
     return products(out), json.loads((out / "merge_report.json").read_text())
 
 
 def test_linear_merges_of_products_lose_nothing(tmp_path):
-    """Ranks 4 and 3, different alphas, one rank-stabilised: the merged adapter of rank 7 adds the sum of what they add."""
+    """Ranks 4 and 3, different alphas, one rank-stabilised: the merged one of rank 7 adds the sum of what they add."""
     a = adapter(tmp_path / "a", 0)
     b = adapter(tmp_path / "b", 1, rank=3, alpha=5, use_rslora=True)
     merged, report = merge("task_arithmetic", tmp_path / "out", a, b, options=["--scale", "0.5"])

@@ -34,7 +34,8 @@ def recovered(space, updates, basis):
     return np.linalg.norm(space.T @ found) ** 2 / space.shape[1]
 
 
-# Domain part / shared part -> share of the shared space recovered by each basis, mean of seeds 0 to 9; also in docs/methods.md.
+# Domain part / shared part -> share of the shared space that each basis recovers, mean of seeds 0 to 9; the table of
+# docs/methods.md.
 PLANTED = {
     0.2: {"energy": 1.00, "cross": 1.00, "average": 1.00},
     0.5: {"energy": 0.99, "cross": 0.99, "average": 0.99},

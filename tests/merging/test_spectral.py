@@ -163,7 +163,7 @@ def test_products_in_parts_have_float32_precision():
 
 
 def test_pseudo_inverse():
-    x, _, v = matrix([1, 0.7, 0.2], 10, 10)
+    x, _, _ = matrix([1, 0.7, 0.2], 10, 10)
     gram = jnp.asarray(x.T @ x, jnp.float32)
     np.testing.assert_allclose(spectral.pinv(gram), np.linalg.pinv(x.T @ x, rcond=1e-4), atol=1e-3)
     assert not np.asarray(spectral.pinv(jnp.zeros((4, 4)))).any()
@@ -180,7 +180,7 @@ def test_principal_cosines_and_alignment():
 
 
 def test_least_squares_fit_on_both_routes():
-    """`fit` (Cholesky on CPU, conjugate gradients on TPU) against the documented objective in NumPy, condition number 1e3."""
+    """`fit` (Cholesky on CPU, conjugate gradients on TPU) against the documented objective in NumPy, condition 1e3."""
     x, _, _ = matrix(np.geomspace(1, 0.03, 12), 40, 12)
     gram, rng = x.T @ x, np.random.default_rng(1)
     moment, fallback = rng.normal(size=(5, 12)) @ gram, rng.normal(size=(5, 12))

@@ -1,8 +1,8 @@
 """The merge methods through the real TPU compiler, ahead of time, for the projector of LLaVA-1.5-7B on one v5e chip.
 
 Compile time is processor time of this process (libtpu compiles in it), so that a busy machine does not fail the test;
-the limits are 60 s for PivotMerge and 180 s for any other method, with the two cores of a small machine in mind. Nothing
-is run: no TPU is here. The table of times is in docs/merging.md.
+the limits are 60 s for PivotMerge and 180 s for any other method on two cores, hence twice that in processor time.
+Nothing is run: no TPU is here. The table of times is in docs/merging.md.
 """
 
 import time
