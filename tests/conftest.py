@@ -9,9 +9,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jax
 import pytest
 
 from pivotjax.data import assets as store
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_hoard():
+    """What a file compiled is dropped after it: all of it together would take many gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,7 @@ def _weights(path: Path) -> Path | None:
         return path
     if (path / safetensors_io.SINGLE).exists() or (path / safetensors_io.INDEX).exists():
         return path
-    if (path / lora.CONFIG).exists():
+    if (path / lora.CONFIG).exists() or (path / lora.WEIGHTS).exists():
         return next(path.glob("adapter_model.*"), path)
     return next((path / name for name in _PROJECTORS if (path / name).is_file()),
                 path if (path / "config.json").exists() else None)

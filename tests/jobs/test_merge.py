@@ -381,13 +381,14 @@ def test_models_with_nothing_to_merge_are_refused(refused, models):
     assert "no floating-point tensor in common" in line
 
 
-def test_lora_factors_are_refused(refused, models):
+def test_an_adapter_and_a_model_are_not_merged(refused, models):
     (models / "adapter").mkdir()
-    held = {"layers.0.q_proj.lora_A.weight": np.ones((2, 4), np.float32)}
+    pair = {"A": np.ones((2, 4), np.float32), "B": np.ones((4, 2), np.float32)}
+    held = {f"layers.0.q_proj.lora_{factor}.weight": tensor for factor, tensor in pair.items()}
     save_file(held, models / "adapter/adapter_model.safetensors")
     (models / "adapter/adapter_config.json").write_text("{}")
-    for path in ("adapter", "adapter/adapter_model.safetensors"):
-        assert "LoRA factors" in refused(*arguments(models, "--method", "average", experts=(path,), base=None))
+    line = refused(*arguments(models, "--method", "average", experts=("a", "adapter"), base=None))
+    assert "is a LoRA adapter and" in line
 
 
 # Projectors

@@ -149,7 +149,7 @@ def test_adamerging_finds_the_optimum_of_a_quadratic(per):
     for label, (p, q) in planted.items():
         assert found["norm/scale" if label == "norm" else label]["lambdas"] == pytest.approx({"a": p, "b": q}, abs=2e-3)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-2), merged.params, goal)
-    losses = found["all layers"]["losses"]
+    losses = merged.report["facts"]["losses"]
     assert len(losses) == 400 and losses[-1] < 1e-3 < losses[0]
     assert json.loads(json.dumps(merged.report, allow_nan=False)) == merged.report
 
@@ -169,11 +169,11 @@ def test_calibrated_methods_are_traceable(world, name, options):
 
 def test_the_report_of_a_traced_adamerging_holds_its_losses(world):
     options = {"calibration": world.calibration, "steps": 30}
-    here = pivotjax.merge(world.base, world.experts, "adamerging", **options).report["layers"]
+    here = pivotjax.merge(world.base, world.experts, "adamerging", **options).report["facts"]
     there = jax.jit(
-        lambda b, e: pivotjax.merge(b, e, "adamerging", **options).report["layers"]["all layers"]["losses"]
+        lambda b, e: pivotjax.merge(b, e, "adamerging", **options).report["facts"]["losses"]
     )(world.base, world.experts)
-    np.testing.assert_allclose(there, here["all layers"]["losses"], rtol=1e-5)
+    np.testing.assert_allclose(there, here["losses"], rtol=1e-5)
 
 
 def test_agreement_knows_what_does_not_matter():
