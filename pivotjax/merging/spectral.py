@@ -232,8 +232,8 @@ def _newton_schulz(x: Array) -> Array:
     return lax.fori_loop(0, steps[1], cubic, lax.fori_loop(0, steps[0], quintic, y))
 
 
-def _spectral_norm(x: Array) -> Array:
-    """The largest singular value of `[..., m, n]` by the power method, at most a few per cent low."""
+def _spectral_norm(x: Array, steps: int = 12) -> Array:
+    """The largest singular value of `[..., m, n]` by the power method, after 12 steps at most a few per cent low."""
 
     def power(_, v):
         v = matmul(transpose(x), matmul(x, v))
@@ -242,7 +242,7 @@ def _spectral_norm(x: Array) -> Array:
     start = jax.random.normal(jax.random.key(0), (x.shape[-1], 4), x.dtype)
     scale = _nonzero(jnp.abs(x).max((-1, -2)))[..., None, None]
     x = x / scale  # squares of tiny entries must not vanish
-    v = lax.fori_loop(0, 12, power, jnp.broadcast_to(start, (*x.shape[:-2], *start.shape)))
+    v = lax.fori_loop(0, steps, power, jnp.broadcast_to(start, (*x.shape[:-2], *start.shape)))
     columns = norm(matmul(x, v), -2) / _nonzero(norm(v, -2))
     return columns.max(-1) * scale[..., 0, 0]
 
@@ -250,22 +250,24 @@ def _spectral_norm(x: Array) -> Array:
 def _polar_by_newton(x: Array) -> Array:
     """`polar` of one matrix `[m, n]`, m >= n: X <- (g X + X^-T / g) / 2, g Higham's scaling, then Newton-Schulz."""
     q, r = (None, x) if x.shape[0] == x.shape[1] else jnp.linalg.qr(x)
+    # A Newton step that changes no direction by more than 1/4 leaves an error of 1/32, Newton-Schulz then 7e-4, 4e-7.
+    near = 0.25 / r.shape[0] ** 0.5
     r = r / _nonzero(norm(r))
     inverse = jnp.linalg.inv(r).T
-    # Singular to working precision: the inverse is infinite, or its largest directions are noise.
-    regular = _spectral_norm(r) * _spectral_norm(inverse) * tolerance(x) < 1
+    # Singular to working precision: the inverse is infinite, or its largest directions are rounding.
+    regular = _spectral_norm(r, 3) * _spectral_norm(inverse, 3) * 4 * jnp.finfo(x.dtype).eps < 1
 
     def improve(state):
         y, inverse, _, step = state
         scale = jnp.sqrt(_one_inf(inverse) / _one_inf(y))
         new = 0.5 * (scale * y + inverse / scale)
         change = norm(new - y) / norm(new)
-        inverse = lax.cond(change > 1e-2, lambda: jnp.linalg.inv(new).T, lambda: new)
+        inverse = lax.cond(change > near, lambda: jnp.linalg.inv(new).T, lambda: new)
         return new, inverse, change, step + 1
 
     def newton():
         start = r, inverse, jnp.array(jnp.inf, x.dtype), 0
-        y = lax.while_loop(lambda state: (state[2] > 1e-2) & (state[3] < 30), improve, start)[0]
+        y = lax.while_loop(lambda state: (state[2] > near) & (state[3] < 30), improve, start)[0]
         for _ in range(2 if x.dtype == jnp.float32 else 3):
             y = 1.5 * y - 0.5 * matmul(y, matmul(y.T, y))
         return y

@@ -50,6 +50,8 @@ def lines(
         weights: a factor for each expert by name; None: 1 each.
         scale: factor on the merged update.
     """
+    if alpha is None and weights is None:
+        alpha = 1 / len(updates.names)  # what the formula gives, without a pass over the updates
     leaves, factors = _lines(updates, expert_weights(updates, weights, normalize=False),
                              jnp.array(_depths(updates.layout.paths)), alpha, beta, scale)
     return Merged(leaves, by_layer(updates.layout, [{"factor": factor} for factor in factors]))
