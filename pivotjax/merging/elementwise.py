@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pivotjax.merging.updates import Array, Layout, Updates
+from pivotjax.merging.updates import Array, Layout, Updates, is_traced
 
 On = Literal["updates", "weights"]
 Rescale = Literal["expected", "norm", "none"]
@@ -127,8 +127,15 @@ def cuts(updates: Updates, counts: Sequence[Sequence[Sequence[int]]]) -> list[li
     new model compiles nothing that it has compiled before.
     """
     bases = updates.base if updates.has_base else [None] * len(updates.experts)
-    return [[_cuts(leaf[k], base, jnp.asarray(count[k]), updates.dtype) for k in range(len(updates.names))]
-            for leaf, base, count in zip(updates.experts, bases, counts)]
+    found: list[list[Array]] = []
+    for leaf, base, count in zip(updates.experts, bases, counts):
+        found.append([])
+        for k in range(len(updates.names)):
+            expert = leaf[k]
+            if found[-1] and is_traced(expert):  # in one program, too: the next search waits for the one before
+                expert, _ = jax.lax.optimization_barrier((expert, found[-1][-1]))
+            found[-1].append(_cuts(expert, base, jnp.asarray(count[k]), updates.dtype))
+    return found
 
 
 @partial(jax.jit, static_argnums=3)
