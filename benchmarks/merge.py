@@ -11,6 +11,7 @@ merged update: both sides computed the same thing. The torch side is `torch_meth
 """
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -22,9 +23,6 @@ from torch_methods import RANDOM, TORCH, TWO
 
 import pivotjax
 from pivotjax.merging import METHODS
-
-# A method's floor: bytes it must move, and FLOPs of the cheapest algorithm we know, as functions of K and the layers.
-MEASURED_PEAKS = {}
 
 
 def experts_of(shapes: list[tuple[int, int]], count: int, seed: int = 0) -> tuple[dict, list[dict]]:
@@ -131,22 +129,20 @@ def growth(method: str) -> list[dict]:
     return rows
 
 
+@functools.cache
 def memory_rate() -> float:
     """Bytes a second that one jitted pass over memory reads here."""
-    if "memory" not in MEASURED_PEAKS:
-        x = jax.numpy.ones((16, 2**23))
-        total = jax.jit(lambda x: sum(x[i] for i in range(16)))
-        MEASURED_PEAKS["memory"] = x.nbytes / best(lambda: jax.block_until_ready(total(x)), 3)[0]
-    return MEASURED_PEAKS["memory"]
+    x = jax.numpy.ones((16, 2**23))
+    total = jax.jit(lambda x: sum(x[i] for i in range(16)))
+    return x.nbytes / best(lambda: jax.block_until_ready(total(x)), 3)[0]
 
 
+@functools.cache
 def flop_rate() -> float:
     """FLOPs a second of a 4096 x 4096 float32 matrix product here."""
-    if "flops" not in MEASURED_PEAKS:
-        x = jax.numpy.ones((4096, 4096))
-        product = jax.jit(lambda x: jax.numpy.matmul(x, x, precision="highest"))
-        MEASURED_PEAKS["flops"] = 2 * 4096**3 / best(lambda: jax.block_until_ready(product(x)), 3)[0]
-    return MEASURED_PEAKS["flops"]
+    x = jax.numpy.ones((4096, 4096))
+    product = jax.jit(lambda x: jax.numpy.matmul(x, x, precision="highest"))
+    return 2 * 4096**3 / best(lambda: jax.block_until_ready(product(x)), 3)[0]
 
 
 def main() -> None:
@@ -158,7 +154,6 @@ def main() -> None:
     parser.add_argument("--growth", nargs="+", metavar="METHOD", help="cost as K and the width grow, instead")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     chosen = parser.parse_args()
-    torch.set_num_threads(torch.get_num_threads())
     print(f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
           f"memory {memory_rate() / 1e9:.1f} GB/s, matrix product {flop_rate() / 1e9:.0f} GFLOP/s")  # fmt: skip
     if chosen.growth:

@@ -318,7 +318,7 @@ def own_grams(calibration: Calibration, updates: Updates) -> dict[str, Array]:
     """
     given = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(calibration.grams(updates.tree(_weights(updates))))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(calibration.grams(updates.all_parameters()))
     }
     grams = {}
     for layer in updates.layout.layers:
@@ -327,11 +327,6 @@ def own_grams(calibration: Calibration, updates: Updates) -> dict[str, Array]:
         leading = (len(updates.names), *layer.lead)
         grams[layer.name] = checked_gram(given[layer.name], layer, leading, updates)
     return grams
-
-
-@jax.jit
-def _weights(updates: Updates) -> list[Array]:
-    return updates.weights
 
 
 def checked_gram(given: Array, layer: Layer, leading: tuple[int, ...], updates: Updates) -> Array:
@@ -354,7 +349,7 @@ def own_fishers(calibration: Calibration, updates: Updates) -> list[Array]:
     Raises:
         InputError: another structure or shape than the experts', a value that is not finite.
     """
-    given = calibration.fisher(updates.tree(_weights(updates)))
+    given = calibration.fisher(updates.all_parameters())
     leaves = _checked_leaves(given, updates, len(updates.names), "Fisher information")
     if not is_traced(leaves) and not all(map(bool, map(finite, leaves))):
         raise InputError("calibration: the Fisher information is not finite; check features and experts")

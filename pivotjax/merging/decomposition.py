@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pivotjax.merging import spectral
-from pivotjax.merging.spectral import Basis, matmul, transpose
+from pivotjax.merging.spectral import Basis, matmul, nonzero, transpose
 
 Array = jax.Array
 Side = Literal["output", "input", "both"]
@@ -93,7 +93,7 @@ def decompose(update: Array, gram: Array | None, shares: Array, options: Filter)
     image = effects if metric is None else matmul(effects, metric)
     size = jnp.sqrt(jnp.maximum((effects * image).sum(-1).sum(-1), 0))[..., None, None]
     if options.unit:
-        effects, image = effects / _nonzero(size), image / _nonzero(size)
+        effects, image = effects / nonzero(size), image / nonzero(size)
     space = _shared_space(effects, image, options)
     if metric is None:
         rows = partners = space.inside(effects)
@@ -101,7 +101,7 @@ def decompose(update: Array, gram: Array | None, shares: Array, options: Filter)
         rows, partners = jnp.split(space.inside(jnp.concatenate([effects, image])), 2)
     products = _products(rows, partners)
     inside = jnp.diagonal(products.sum(1), axis1=-2, axis2=-1)
-    energy = inside / _nonzero(jnp.ones_like(inside) if options.unit else size[..., 0, 0].T ** 2)
+    energy = inside / nonzero(jnp.ones_like(inside) if options.unit else size[..., 0, 0].T ** 2)
     filtered, consensus = _filter(rows, products, metric, shares, options)
     change = space.back(filtered - rows)
     if options.residual != "keep":
@@ -175,11 +175,11 @@ def _filter(
         products = _products(rows, rows if metric is None else matmul(rows, metric))
     pattern = jnp.sqrt(jnp.maximum((shares[:, None] * shares * products).sum((-1, -2)), 0))
     sizes = jnp.sqrt(jnp.maximum(jnp.diagonal(products, axis1=-2, axis2=-1), 0))
-    consensus = pattern / _nonzero((shares * sizes).sum(-1))
+    consensus = pattern / nonzero((shares * sizes).sum(-1))
     gated = consensus[..., None]
     if options.grain == "coordinate":
         pattern = jnp.tensordot(shares, rows, axes=1)
-        gated = jnp.abs(pattern) / _nonzero(jnp.tensordot(shares, jnp.abs(rows), axes=1))
+        gated = jnp.abs(pattern) / nonzero(jnp.tensordot(shares, jnp.abs(rows), axes=1))
     if options.gate == "hard":
         rows = rows * (gated >= options.tau)
     if options.gate == "soft":
@@ -194,7 +194,7 @@ def _without_conflicts(products: Array, shares: Array) -> Array:
     others = shares * (1 - identity) / (1 - shares)[:, None]
     toward = (others * products).sum(-1)  # <c_k, mean of the others>
     square = jnp.einsum("kj,...ji,ki->...k", others, products, others, precision="highest")
-    return identity - (jnp.minimum(toward, 0) / _nonzero(square))[..., None] * others
+    return identity - (jnp.minimum(toward, 0) / nonzero(square))[..., None] * others
 
 
 def _elected(rows: Array, shares: Array) -> Array:
@@ -202,7 +202,7 @@ def _elected(rows: Array, shares: Array) -> Array:
     over experts is the mean over those that agree."""
     weights = shares.reshape(-1, *[1] * (rows.ndim - 1))
     agrees = jnp.sign(rows) == jnp.sign((weights * rows).sum(0))
-    return jnp.where(agrees, rows, 0) / _nonzero((weights * agrees).sum(0))
+    return jnp.where(agrees, rows, 0) / nonzero((weights * agrees).sum(0))
 
 
 def _cosine(effects: Array, image: Array) -> Array:
@@ -214,11 +214,6 @@ def _cosine(effects: Array, image: Array) -> Array:
 
     def one(effect, partner):
         square = jnp.maximum(inner(effect, partner) * inner(total - effect, image_total - partner), 0)
-        return inner(effect, image_total - partner) / _nonzero(jnp.sqrt(square))
+        return inner(effect, image_total - partner) / nonzero(jnp.sqrt(square))
 
     return jnp.stack([one(*pair) for pair in zip(effects, image)], -1)
-
-
-def _nonzero(x: Array) -> Array:
-    """`x`, or 1 where it is 0: for quotients whose numerator is 0 there too."""
-    return jnp.where(x == 0, 1, x)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pivotjax.merging import spectral
-from pivotjax.merging.spectral import matmul, transpose
+from pivotjax.merging.spectral import matmul, nonzero, transpose
 from pivotjax.merging.updates import Updates, batched
 
 _DIRECTIONS = 64  # so many leading directions go into a report
@@ -118,7 +118,7 @@ def _matrix_facts(update: jax.Array, merged: jax.Array) -> Facts:
     norms, length = jnp.sqrt(jnp.diagonal(inner)), jnp.sqrt(_total(merged * merged))
     return {
         "update_norms": norms,
-        "cosines": inner / _nonzero(norms[:, None] * norms),
+        "cosines": inner / nonzero(norms[:, None] * norms),
         "singular_values": sizes,
         "effective_rank": _effective_rank(update),
         "subspace_overlap": {"left": _overlaps(left, update), "right": _overlaps(right, update)},
@@ -128,8 +128,8 @@ def _matrix_facts(update: jax.Array, merged: jax.Array) -> Facts:
             "norm": length,
             "singular_values": _leading(merged)[1],
             "effective_rank": _effective_rank(merged),
-            "distance": jnp.sqrt(_total((merged - update) ** 2)) / _nonzero(norms),
-            "cosine": _total(merged * update) / _nonzero(norms * length),
+            "distance": jnp.sqrt(_total((merged - update) ** 2)) / nonzero(norms),
+            "cosine": _total(merged * update) / nonzero(norms * length),
         },
     }
 
@@ -146,7 +146,7 @@ def _effective_rank(x: jax.Array) -> jax.Array:
     """`(sum_i s_i^2)^2 / sum_i s_i^4` of `[..., m, n]`; 0 for a matrix of zeros."""
     small = x if x.shape[-2] <= x.shape[-1] else transpose(x)
     square = _total(x * x)
-    return jnp.where(square > 0, 1 / _nonzero(_gram_square(small, 1 / _nonzero(square))), 0)
+    return jnp.where(square > 0, 1 / nonzero(_gram_square(small, 1 / nonzero(square))), 0)
 
 
 def _gram_square(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -175,7 +175,7 @@ def _shared_directions(update: jax.Array) -> Facts:
     basis, sizes, _ = _leading(side_by_side)
     coefficients = matmul(transpose(basis), update)
     size = spectral.norm(coefficients, -1).mean(0)
-    return {"singular_values": sizes, "consensus": spectral.norm(coefficients.mean(0), -1) / _nonzero(size)}
+    return {"singular_values": sizes, "consensus": spectral.norm(coefficients.mean(0), -1) / nonzero(size)}
 
 
 def _signs(update: jax.Array) -> tuple[Facts, jax.Array]:
@@ -188,10 +188,10 @@ def _signs(update: jax.Array) -> tuple[Facts, jax.Array]:
     alone = jnp.eye(experts, dtype=bool)
     mixed, seen, mixed_size, size = found["mixed"]
     return {
-        "share": mixed / _nonzero(seen),
-        "weighted": mixed_size / _nonzero(size),
-        "pairs": jnp.where(alone, 0, (filled - signs) / (2 * _nonzero(filled))),
-        "weighted_pairs": jnp.where(alone, 0, (sizes - inner) / (2 * _nonzero(sizes))),
+        "share": mixed / nonzero(seen),
+        "weighted": mixed_size / nonzero(size),
+        "pairs": jnp.where(alone, 0, (filled - signs) / (2 * nonzero(filled))),
+        "weighted_pairs": jnp.where(alone, 0, (sizes - inner) / (2 * nonzero(sizes))),
     }, inner
 
 
@@ -209,10 +209,6 @@ def _signs_of_rows(rows: jax.Array) -> dict[str, jax.Array]:
 def _total(x: jax.Array) -> jax.Array:
     """Sum over the last two axes, in rows first, so that threads share the work."""
     return x.sum(-1).sum(-1)
-
-
-def _nonzero(x: jax.Array) -> jax.Array:
-    return jnp.where(x == 0, 1, x)
 
 
 @jax.jit

@@ -19,14 +19,23 @@ On = Literal["updates", "weights"]
 Rescale = Literal["expected", "norm", "none"]
 
 
+# The laws of methods that thin each update and then sum, or elect signs and average, what is left of them.
+_ALWAYS = {"order": {}, "homogeneous": {}, "zero": {}, "idle": {}}
+_WHOLE = {"density": 1.0, "scale": 1.0}
+ELECTED_LAWS = {"identical": {"density": 1.0}, "single": {"density": 1.0}} | _ALWAYS
+LINEAR_LAWS = {"identical": _WHOLE | {"normalize": True}, "average": _WHOLE | {"normalize": True}, "single": _WHOLE}
+LINEAR_LAWS |= _ALWAYS
+
+
 def each(updates: Updates, on: On = "updates") -> list[list[Array]]:
     """Each leaf's K updates (or weights), an array an expert."""
     bases = updates.base if on == "updates" and updates.has_base else [None] * len(updates.experts)
-    return [[_update(leaf[k], base, updates.dtype) for k in range(len(updates.names))]
+    return [[update_of(leaf[k], base, updates.dtype) for k in range(len(updates.names))]
             for leaf, base in zip(updates.experts, bases)]
 
 
-def _update(expert: Array, base: Array | None, dtype: Any) -> Array:
+def update_of(expert: Array, base: Array | None, dtype: Any) -> Array:
+    """One expert's update of one leaf, in `dtype`; without a base its weights."""
     return expert.astype(dtype) - (0 if base is None else base.astype(dtype))
 
 
@@ -140,7 +149,7 @@ def cuts(updates: Updates, counts: Sequence[Sequence[Sequence[int]]]) -> list[li
 
 @partial(jax.jit, static_argnums=3)
 def _cuts(expert: Array, base: Array | None, counts: Array, dtype: Any) -> Array:
-    size = jnp.abs(_update(expert, base, dtype))
+    size = jnp.abs(update_of(expert, base, dtype))
     return jnp.stack([largest(size, count) for count in counts])
 
 

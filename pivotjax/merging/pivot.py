@@ -75,7 +75,7 @@ from pivotjax.merging.decomposition import (
 )
 from pivotjax.merging.methods.average import expert_weights
 from pivotjax.merging.registry import Count, ExpertValues, Fraction, Merged, NotNegative, Positive, Scope, Share, method
-from pivotjax.merging.spectral import matmul, norm, transpose
+from pivotjax.merging.spectral import matmul, nonzero, norm, transpose
 from pivotjax.merging.updates import Layer, Updates, batched, is_traced, leaves_from
 
 Array = jax.Array
@@ -267,7 +267,7 @@ def _guessed_grams(update: Array) -> Array:
 
 
 def _unit_diagonal(moment: Array) -> Array:
-    return moment / _nonzero(jnp.diagonal(moment, axis1=-2, axis2=-1).mean(-1))[..., None, None]
+    return moment / nonzero(jnp.diagonal(moment, axis1=-2, axis2=-1).mean(-1))[..., None, None]
 
 
 def _grams(updates: Updates, calibration: Calibration, knobs: _Knobs) -> Layers:
@@ -298,7 +298,7 @@ def _merge_in_order(
         if layer.lead:
             raise InputError(f"pivot with gram='merged' merges layer after layer, but {layer.name!r} is a stack of "
                              f"{layer.count}: use gram='own'")
-    grams, experts = _grams(updates, calibration, knobs), updates.tree(_weights(updates))
+    grams, experts = _grams(updates, calibration, knobs), updates.all_parameters()
     results: dict[str, Facts] = {}
     for layer in updates.layout.layers:
         pair = calibration.cross_grams(experts, _student(updates, results, knobs), layer.name)
@@ -320,11 +320,6 @@ def _merge_student(
     alpha, facts = _layer_weights(found, gain, knobs)
     target = matmul(base + found.updates, cross) - matmul(base, student)
     return facts | _fit(found.updates, target, student, update, alpha, knobs)
-
-
-@jax.jit
-def _weights(updates: Updates) -> list[Array]:
-    return updates.weights
 
 
 @jax.jit
@@ -368,7 +363,7 @@ def _rescaled(mean: Array, update: Array, knobs: _Knobs) -> tuple[Array, Array]:
     factor = jnp.ones(mean.shape[0], mean.dtype)
     if knobs.rescale == "expert_norm":
         length = norm(mean, (-1, -2))
-        factor = jnp.where(length > 0, norm(update, (-1, -2)).mean(0) / _nonzero(length), 1)
+        factor = jnp.where(length > 0, norm(update, (-1, -2)).mean(0) / nonzero(length), 1)
     return factor[:, None, None] * mean, factor
 
 
@@ -411,8 +406,3 @@ def _no_gains(layers: Layers) -> Layers:
 def _weighted(alpha: Array, stacked: Array) -> Array:
     """`sum_k alpha[k] stacked[k]`: `[K, n]`, `[K, n, ...]` -> `[n, ...]`."""
     return sum(a[:, None, None] * one for a, one in zip(alpha, stacked))
-
-
-def _nonzero(x: Array) -> Array:
-    """`x`, or 1 where it is 0: for quotients whose numerator is 0 there too."""
-    return jnp.where(x == 0, 1, x)

@@ -101,35 +101,36 @@ def relative_depths(paths: Sequence[str]) -> dict[str, float]:
     Blocks of one kind (names that differ in the number alone, `layers.3.` or `linear_3/`) share a scale; a single block
     lies at 1. Tensors outside all blocks (embeddings, the last norm, `lm_head`) lie at 0. Both are mergekit's rules.
     """
-    blocks = {path: _block(path) for path in paths}
+    blocks = {path: block(path) for path in paths}
     numbers: dict[str, list[int]] = {}
     for stem, number in filter(None, blocks.values()):
         numbers.setdefault(stem, []).append(number)
     spans = {stem: (min(found), max(found)) for stem, found in numbers.items()}
     depths = {}
-    for path, block in blocks.items():
-        if block is None:
+    for path, found in blocks.items():
+        if found is None:
             depths[path] = 0.0
             continue
-        low, high = spans[block[0]]
-        depths[path] = (block[1] - low) / (high - low) if high > low else 1.0
+        stem, number = found
+        low, high = spans[stem]
+        depths[path] = (number - low) / (high - low) if high > low else 1.0
     return depths
 
 
 def in_block(path: str) -> bool:
     """Whether a tensor belongs to a numbered block."""
-    return _block(path) is not None
+    return block(path) is not None
 
 
 def block_count(paths: Sequence[str]) -> int:
     """How many blocks the model has: of the kind that has most of them."""
     numbers: dict[str, set[int]] = {}
-    for stem, number in filter(None, map(_block, paths)):
+    for stem, number in filter(None, map(block, paths)):
         numbers.setdefault(stem, set()).add(number)
     return max(map(len, numbers.values()), default=0)
 
 
-def _block(path: str) -> tuple[str, int] | None:
+def block(path: str) -> tuple[str, int] | None:
     """`model.layers.3.mlp.up` -> (`model.layers.`, 3): the first number that stands alone or after an underscore."""
     found = re.search(r"(?:^|[./_])(\d+)(?=[./]|$)", path)
     return (path[: found.start(1)], int(found[1])) if found else None

@@ -171,7 +171,7 @@ def orthonormal(x: Array) -> Array:
 def orthonormal_by_products(x: Array) -> Array:
     """`orthonormal` for TPU."""
     length = norm(x, -2)[..., None, :]
-    return _newton_schulz(x / _nonzero(length)) * (length > 0)
+    return _newton_schulz(x / nonzero(length)) * (length > 0)
 
 
 def _orthonormal_by_cholesky(x: Array) -> Array:
@@ -219,7 +219,7 @@ def _newton_schulz(x: Array) -> Array:
     Nine quintic steps, each of which makes a small sigma 3.44 times as large (coefficients of Muon's orthogonalisation)
     and leaves all above in [0.68, 1.13], then cubic steps, which converge from there.
     """
-    y = x / _nonzero(1.05 * _spectral_norm(x))[..., None, None]
+    y = x / nonzero(1.05 * _spectral_norm(x))[..., None, None]
 
     def quintic(_, y):
         gram = matmul(transpose(y), y)
@@ -237,13 +237,13 @@ def _spectral_norm(x: Array, steps: int = 12) -> Array:
 
     def power(_, v):
         v = matmul(transpose(x), matmul(x, v))
-        return v / _nonzero(norm(v, (-1, -2)))[..., None, None]
+        return v / nonzero(norm(v, (-1, -2)))[..., None, None]
 
     start = jax.random.normal(jax.random.key(0), (x.shape[-1], 4), x.dtype)
-    scale = _nonzero(jnp.abs(x).max((-1, -2)))[..., None, None]
+    scale = nonzero(jnp.abs(x).max((-1, -2)))[..., None, None]
     x = x / scale  # squares of tiny entries must not vanish
     v = lax.fori_loop(0, steps, power, jnp.broadcast_to(start, (*x.shape[:-2], *start.shape)))
-    columns = norm(matmul(x, v), -2) / _nonzero(norm(v, -2))
+    columns = norm(matmul(x, v), -2) / nonzero(norm(v, -2))
     return columns.max(-1) * scale[..., 0, 0]
 
 
@@ -252,7 +252,7 @@ def _polar_by_newton(x: Array) -> Array:
     q, r = (None, x) if x.shape[0] == x.shape[1] else jnp.linalg.qr(x)
     # A Newton step that changes no direction by more than 1/4 leaves an error of 1/32, Newton-Schulz then 7e-4, 4e-7.
     near = 0.25 / r.shape[0] ** 0.5
-    r = r / _nonzero(norm(r))
+    r = r / nonzero(norm(r))
     inverse = jnp.linalg.inv(r).T
     # Singular to working precision: the inverse is infinite, or its largest directions are rounding.
     regular = _spectral_norm(r, 3) * _spectral_norm(inverse, 3) * 4 * jnp.finfo(x.dtype).eps < 1
@@ -324,7 +324,8 @@ def tolerance(x: Array) -> float:
     return float(4 * max(x.shape[-2:]) ** 0.5 * jnp.finfo(x.dtype).eps)
 
 
-def _nonzero(x: Array) -> Array:
+def nonzero(x: Array) -> Array:
+    """`x`, or 1 where it is 0: for quotients whose numerator is 0 there too."""
     return jnp.where(x == 0, 1, x)
 
 
@@ -415,10 +416,10 @@ def solve_by_products(right: Array, matrix: Array) -> Array:
     def improve(state):
         step, solved, rest, direction, square = state
         image = matmul(direction, matrix)
-        length = square / _nonzero((direction * image).sum(-1, keepdims=True))
+        length = square / nonzero((direction * image).sum(-1, keepdims=True))
         rest = rest - length * image
         new = (rest * rest).sum(-1, keepdims=True)
-        return step + 1, solved + length * direction, rest, rest + new / _nonzero(square) * direction, new
+        return step + 1, solved + length * direction, rest, rest + new / nonzero(square) * direction, new
 
     start = 0, jnp.zeros_like(right), right, right, size
     return lax.while_loop(lambda state: (state[0] < 500) & (state[4] > tolerance * size).any(), improve, start)[1]

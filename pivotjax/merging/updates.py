@@ -179,6 +179,10 @@ class Updates:
         """A pytree of the experts' structure with other leaves."""
         return jax.tree_util.tree_unflatten(self.layout.treedef, list(leaves))
 
+    def all_parameters(self) -> PyTree:
+        """The experts' parameters as one pytree, leaves `[K, ...]`."""
+        return self.tree(_weights(self))
+
     def parameters(self, update: Sequence[Array]) -> PyTree:
         """Base + update as a pytree of parameters."""
         return self.tree(_add(self, list(update)))
@@ -202,6 +206,11 @@ class Updates:
 
 def _stack(leaf: tuple[Array, ...] | Array, dtype: Any) -> Array:
     return jnp.stack([one.astype(dtype) for one in leaf]) if isinstance(leaf, tuple) else leaf.astype(dtype)
+
+
+@jax.jit
+def _weights(updates: Updates) -> list[Array]:
+    return updates.weights
 
 
 @jax.jit

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pivotjax.merging.elementwise import by_expert, cuts, each, fuse, rescaled, sizes
+from pivotjax.merging.elementwise import ELECTED_LAWS, LINEAR_LAWS, by_expert, cuts, each, fuse, rescaled, sizes
 from pivotjax.merging.methods.average import expert_weights
 from pivotjax.merging.registry import ExpertValues, Fraction, Merged, Share, method
 from pivotjax.merging.updates import Array, Updates
@@ -21,15 +21,7 @@ _SOURCE = "drop the top share gamma of D_k by magnitude, of the rest keep the la
     source=f"{_SOURCE}; W0 + scale * sum_k w_k D~_k (arXiv 2312.06795)",
     needs=("base",),
     scope="tensor",
-    laws={
-        "identical": {"density": 1.0, "scale": 1.0, "normalize": True},
-        "order": {},
-        "homogeneous": {},
-        "average": {"density": 1.0, "scale": 1.0, "normalize": True},
-        "single": {"density": 1.0, "scale": 1.0},
-        "zero": {},
-        "idle": {},
-    },
+    laws=LINEAR_LAWS,
 )
 def breadcrumbs(
     updates: Updates,
@@ -65,14 +57,7 @@ def breadcrumbs(
     source=f"{_SOURCE}; elect the sign of the sum, mean of agreeing entries (arXiv 2312.06795, 2306.01708)",
     needs=("base",),
     scope="tensor",
-    laws={
-        "identical": {"density": 1.0},
-        "order": {},
-        "homogeneous": {},
-        "single": {"density": 1.0},
-        "zero": {},
-        "idle": {},
-    },
+    laws=ELECTED_LAWS,
 )
 def breadcrumbs_ties(
     updates: Updates,

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pivotjax.merging.elementwise import Rescale, by_expert, each, fuse, rescaled
+from pivotjax.merging.elementwise import ELECTED_LAWS, LINEAR_LAWS, Rescale, by_expert, each, fuse, rescaled
 from pivotjax.merging.methods.average import expert_weights
 from pivotjax.merging.randomness import Seed, keys, uniform
 from pivotjax.merging.registry import ExpertValues, Fraction, Merged, method
@@ -21,15 +21,7 @@ _SOURCE = "keep each entry of D_k with probability density, divide it by density
     source=f"{_SOURCE}; W0 + scale * sum_k w_k D~_k (arXiv 2311.03099)",
     needs=("base", "randomness"),
     scope="tensor",
-    laws={
-        "identical": {"density": 1.0, "scale": 1.0, "normalize": True},
-        "order": {},
-        "homogeneous": {},
-        "average": {"density": 1.0, "scale": 1.0, "normalize": True},
-        "single": {"density": 1.0, "scale": 1.0},
-        "zero": {},
-        "idle": {},
-    },
+    laws=LINEAR_LAWS,
 )
 def dare_linear(
     updates: Updates,
@@ -63,14 +55,7 @@ def dare_linear(
     source=f"{_SOURCE}; elect the sign of the sum, mean of agreeing entries (arXiv 2311.03099, 2306.01708)",
     needs=("base", "randomness"),
     scope="tensor",
-    laws={
-        "identical": {"density": 1.0},
-        "order": {},
-        "homogeneous": {},
-        "single": {"density": 1.0},
-        "zero": {},
-        "idle": {},
-    },
+    laws=ELECTED_LAWS,
 )
 def dare_ties(
     updates: Updates,

@@ -7,7 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pivotjax.merging.elementwise import Rescale, by_expert, each, fuse, input_axes, rescaled, vectors
+from pivotjax.merging.elementwise import (
+    ELECTED_LAWS,
+    LINEAR_LAWS,
+    Rescale,
+    by_expert,
+    each,
+    fuse,
+    input_axes,
+    rescaled,
+    update_of,
+    vectors,
+)
 from pivotjax.merging.methods.average import expert_weights
 from pivotjax.merging.randomness import Seed, keys, uniform
 from pivotjax.merging.registry import ExpertValues, Fraction, Merged, Share, method
@@ -22,15 +33,7 @@ _SOURCE = "MagPrune: keep-probability density - epsilon ... density + epsilon by
     source=f"{_SOURCE}; W0 + scale * sum_k w_k D~_k (arXiv 2406.11617)",
     needs=("base", "randomness"),
     scope="tensor",
-    laws={
-        "identical": {"density": 1.0, "scale": 1.0, "normalize": True},
-        "order": {},
-        "homogeneous": {},
-        "average": {"density": 1.0, "scale": 1.0, "normalize": True},
-        "single": {"density": 1.0, "scale": 1.0},
-        "zero": {},
-        "idle": {},
-    },
+    laws=LINEAR_LAWS,
 )
 def della_linear(
     updates: Updates,
@@ -70,14 +73,7 @@ def della_linear(
     source=f"{_SOURCE}; elect the sign of the sum, mean of agreeing entries (arXiv 2406.11617)",
     needs=("base", "randomness"),
     scope="tensor",
-    laws={
-        "identical": {"density": 1.0},
-        "order": {},
-        "homogeneous": {},
-        "single": {"density": 1.0},
-        "zero": {},
-        "idle": {},
-    },
+    laws=ELECTED_LAWS,
 )
 def della(
     updates: Updates,
@@ -148,7 +144,7 @@ def _ranks(expert: Array, base: Array | None, axis: int, dtype: Any) -> Array:
     """
     if expert.ndim == 0:
         return jnp.zeros((), jnp.uint16)
-    size = jnp.abs(expert.astype(dtype) - (0 if base is None else base.astype(dtype))).swapaxes(axis, -1)
+    size = jnp.abs(update_of(expert, base, dtype)).swapaxes(axis, -1)
     bits = jax.lax.bitcast_convert_type(size, f"int{8 * size.dtype.itemsize}").reshape(-1, size.shape[-1])
     rows, count = bits.shape
     ordered = jnp.sort(bits, axis=-1).ravel()

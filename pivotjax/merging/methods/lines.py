@@ -1,11 +1,11 @@
 """LiNeS: a merged update scaled by depth."""
 
-import re
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from pivotjax.merging import settings
 from pivotjax.merging.elementwise import by_layer, divide, each, total, weighted
 from pivotjax.merging.methods.average import expert_weights
 from pivotjax.merging.registry import ExpertValues, Merged, NotNegative, method
@@ -59,8 +59,7 @@ def lines(
 
 def _depths(paths: Sequence[str]) -> list[float]:
     """`l / (L - 1)` of each tensor's block, 0 outside of blocks and where L is 1."""
-    found = [re.search(r"(?:^|[./_])(\d+)(?=[./]|$)", path) for path in paths]
-    blocks = [(path[: at.start(1)], int(at[1])) if at else (None, 0) for path, at in zip(paths, found)]
+    blocks = [settings.block(path) or (None, 0) for path in paths]
     numbers = {kind: sorted({n for other, n in blocks if other == kind}) for kind, _ in blocks}
     return [numbers[kind].index(n) / max(len(numbers[kind]) - 1, 1) for kind, n in blocks]
 

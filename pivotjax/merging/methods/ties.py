@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pivotjax.merging.elementwise import by_expert, cuts, each, fuse, kept, rescaled, sizes
+from pivotjax.merging.elementwise import ELECTED_LAWS, by_expert, cuts, each, fuse, kept, rescaled, sizes
 from pivotjax.merging.methods.average import expert_weights
 from pivotjax.merging.registry import ExpertValues, Fraction, Merged, method
 from pivotjax.merging.updates import Array, Updates
@@ -18,14 +18,7 @@ from pivotjax.merging.updates import Array, Updates
     source="trim to the top share by magnitude, elect the sign of the sum, mean of agreeing entries (arXiv 2306.01708)",
     needs=("base",),
     scope="tensor",
-    laws={
-        "identical": {"density": 1.0},
-        "order": {},
-        "homogeneous": {},
-        "single": {"density": 1.0},
-        "zero": {},
-        "idle": {},
-    },
+    laws=ELECTED_LAWS,
 )
 def ties(
     updates: Updates,
