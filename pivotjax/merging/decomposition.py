@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pivotjax.merging import spectral
-from pivotjax.merging.spectral import Basis, matmul, nonzero, transpose
+from pivotjax.merging.spectral import Basis, inner, matmul, nonzero, summed, transpose
 
 Array = jax.Array
 Side = Literal["output", "input", "both"]
@@ -22,6 +22,8 @@ Conflict = Literal["none", "project", "elect"]
 Gate = Literal["none", "hard", "soft"]
 Grain = Literal["direction", "coordinate"]
 Metric = Literal["pooled", "own"]
+
+_MANY = 8  # a space of more than one in so many directions is worked on whole
 
 
 @partial(
@@ -73,6 +75,15 @@ class _Space(NamedTuple):
         rows = matmul(transpose(self.left), effects) * self.kept[..., None]
         return rows if self.right is None else matmul(rows, self.right)
 
+    def first(self, width: int) -> "_Space":
+        """Only the first `width` of the directions whose rows `inside` gives."""
+        left, right = self.left, self.right
+        if left is None:
+            right = right[..., :width]
+        else:
+            left = left[..., :width]
+        return _Space(left, right, self.spectrum[..., :width], self.kept[..., :width])
+
     def back(self, rows: Array) -> Array:
         """The inverse of `inside` on the space."""
         if self.left is None:
@@ -91,26 +102,45 @@ def decompose(update: Array, gram: Array | None, shares: Array, options: Filter)
     """
     effects, metric, to_updates = _effects(update, gram, options)
     image = effects if metric is None else matmul(effects, metric)
-    size = jnp.sqrt(jnp.maximum((effects * image).sum(-1).sum(-1), 0))[..., None, None]
+    squares = jnp.maximum(inner(effects, image), 0)
+    size = jnp.sqrt(squares)[..., None, None]
     if options.unit:
-        effects, image = effects / nonzero(size), image / nonzero(size)
+        effects, image, squares = effects / nonzero(size), image / nonzero(size), jnp.sign(squares)
     space = _shared_space(effects, image, options)
-    if metric is None:
-        rows = partners = space.inside(effects)
-    else:  # both at once: on TPU each matrix product costs seconds of compilation
-        rows, partners = jnp.split(space.inside(jnp.concatenate([effects, image])), 2)
+    act = partial(_act, effects, image, metric, shares, options)
+    width = space.kept.shape[-1]
+    few = max(1, width // _MANY)
+    # What is outside the space costs as much as what is inside: where few directions are kept, only those are computed.
+    change, inside, consensus = jax.lax.cond(
+        space.kept.sum(-1).max() <= few, lambda: _widened(act(space.first(few)), width), lambda: act(space)
+    )
+    energy = inside / nonzero(squares).T
+    change = change * size if options.unit else change
+    # Only the change goes back to updates: what the filter leaves alone stays exact, inputs never seen too.
+    updates = update + (change if to_updates is None else matmul(change, to_updates))
+    return Filtered(updates, space.spectrum, space.kept, consensus, energy, _cosine(effects, image, squares))
+
+
+def _act(
+    effects: Array, image: Array, metric: Array | None, shares: Array, options: Filter, space: _Space
+) -> tuple[Array, Array, Array]:
+    """What the filter changes in the effects `[K, n, d_out, d_in]`, energies inside the space `[n, K]`, consensus
+    `[n, r]`."""
+    rows = space.inside(effects)
+    partners = rows if metric is None else space.inside(image)
     products = _products(rows, partners)
-    inside = jnp.diagonal(products.sum(1), axis1=-2, axis2=-1)
-    energy = inside / nonzero(jnp.ones_like(inside) if options.unit else size[..., 0, 0].T ** 2)
     filtered, consensus = _filter(rows, products, metric, shares, options)
     change = space.back(filtered - rows)
     if options.residual != "keep":
         rest = effects - space.back(rows)
-        change = change - rest + (rest.mean(0) if options.residual == "keep_mean" else 0)
-    change = change * size if options.unit else change
-    # Only the change goes back to updates: what the filter leaves alone stays exact, inputs never seen too.
-    updates = update + (change if to_updates is None else matmul(change, to_updates))
-    return Filtered(updates, space.spectrum, space.kept, consensus, energy, _cosine(effects, image))
+        change = change - rest + (spectral.mean(rest) if options.residual == "keep_mean" else 0)
+    return change, jnp.diagonal(products.sum(1), axis1=-2, axis2=-1), consensus
+
+
+def _widened(found: tuple[Array, Array, Array], width: int) -> tuple[Array, Array, Array]:
+    """The consensus of directions outside the space is 0."""
+    change, inside, consensus = found
+    return change, inside, jnp.pad(consensus, ((0, 0), (0, width - consensus.shape[-1])))
 
 
 def _effects(update: Array, gram: Array | None, options: Filter) -> tuple[Array, Array | None, Array | None]:
@@ -118,8 +148,8 @@ def _effects(update: Array, gram: Array | None, options: Filter) -> tuple[Array,
     if gram is None:
         return update, None, None
     if options.metric == "pooled" and options.side == "output":
-        return update, gram.mean(0), None
-    root, inverse = spectral.root(gram.mean(0, keepdims=True) if options.metric == "pooled" else gram)
+        return update, spectral.mean(gram), None
+    root, inverse = spectral.root(spectral.mean(gram)[None] if options.metric == "pooled" else gram)
     return matmul(update, root), None, inverse
 
 
@@ -148,9 +178,9 @@ def moment(effects: Array, partners: Array, basis: Basis) -> Array:
     `average`: `(sum_k A_k)(sum_k B_k)`, for the left singular vectors of the mean effect.
     """
     if basis == "average":
-        return matmul(effects.sum(0), partners.sum(0))
+        return matmul(summed(effects), summed(partners))
     if basis == "cross" and effects.shape[0] > 1:
-        partners = partners.sum(0) - partners
+        partners = summed(partners) - partners
     count, n, d, inner = effects.shape
     wide = jnp.moveaxis(effects, 0, 2).reshape(n, d, count * inner)
     return matmul(wide, jnp.moveaxis(partners, 0, 1).reshape(n, count * inner, d))
@@ -201,19 +231,13 @@ def _elected(rows: Array, shares: Array) -> Array:
     """TIES on the coefficients: entries against the sign of the sum are dropped, the others scaled up so that the mean
     over experts is the mean over those that agree."""
     weights = shares.reshape(-1, *[1] * (rows.ndim - 1))
-    agrees = jnp.sign(rows) == jnp.sign((weights * rows).sum(0))
-    return jnp.where(agrees, rows, 0) / nonzero((weights * agrees).sum(0))
+    agrees = jnp.sign(rows) == jnp.sign(summed(weights * rows))
+    return jnp.where(agrees, rows, 0) / nonzero(summed(weights * agrees))
 
 
-def _cosine(effects: Array, image: Array) -> Array:
-    """`[n, K]`: cosine of each effect to the sum of the others."""
-    total, image_total = effects.sum(0), image.sum(0)
-
-    def inner(a, b):
-        return (a * b).sum(-1).sum(-1)
-
-    def one(effect, partner):
-        square = jnp.maximum(inner(effect, partner) * inner(total - effect, image_total - partner), 0)
-        return inner(effect, image_total - partner) / nonzero(jnp.sqrt(square))
-
-    return jnp.stack([one(*pair) for pair in zip(effects, image)], -1)
+def _cosine(effects: Array, image: Array, squares: Array) -> Array:
+    """`[n, K]`: cosine of each effect to the sum of the others; `squares` are `<E_k, E_k>`, `[K, n]`."""
+    total, image_total = summed(effects), summed(image)
+    to_total = jnp.stack([inner(effect, image_total) for effect in effects])
+    others = inner(total, image_total) - 2 * to_total + squares
+    return ((to_total - squares) / nonzero(jnp.sqrt(jnp.maximum(squares * others, 0)))).T

@@ -389,7 +389,7 @@ def _gains(updates: Updates, calibration: Calibration, scores: Scores, measure: 
 def _replaced(updates: Updates) -> Any:
     """Projectors, stacked: the plain average, then for each layer (and matrix of it) and expert the one replaced."""
     layers, others = updates.layers, updates.others_mean()
-    mean = {name: matrix.mean(0) for name, matrix in layers.items()}
+    mean = {name: spectral.mean(matrix) for name, matrix in layers.items()}
     candidates = [leaves_from(updates.layout, mean, others)]
     for name, matrix in layers.items():
         for k in range(matrix.shape[0]):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pivotjax.errors import InputError
+from pivotjax.merging import spectral
 
 Array = jax.Array
 PyTree = Any
@@ -189,11 +190,11 @@ class Updates:
 
     def others_mean(self) -> dict[int, Array]:
         """Mean updates of the leaves that belong to no layer: what methods on matrices do with them."""
-        return {i: leaf.mean(0) for i, leaf in enumerate(self.stacked) if i in self.layout.others}
+        return {i: spectral.mean(leaf) for i, leaf in enumerate(self.stacked) if i in self.layout.others}
 
     def vectors_mean(self) -> dict[int, Array]:
         """Mean updates of the leaves that are no layer's weight (biases too): for methods that work on `kernels`."""
-        return {i: leaf.mean(0) for i, leaf in enumerate(self.stacked) if i not in self.layout.weights}
+        return {i: spectral.mean(leaf) for i, leaf in enumerate(self.stacked) if i not in self.layout.weights}
 
     def subset(self, leaves: Sequence[int]) -> "Updates":
         """The same experts with some of their leaves only, as a flat dict by path."""

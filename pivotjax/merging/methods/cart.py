@@ -41,7 +41,7 @@ def cart(updates: Updates, *, rank: Fraction = 0.08, strength: float = 1.0, scal
 @partial(jax.jit, static_argnums=3)
 def _cart(updates: Updates, scale: float, strength: float, share: float) -> tuple[list[Array], dict[str, Facts]]:
     def one(update: Array) -> tuple[Array, Facts]:
-        mean = update.mean(0)
+        mean = spectral.mean(update)
         rank = max(1, int(share * min(mean.shape[-2:]) + 1e-6))
 
         def cut(d: Array) -> Array:

@@ -37,7 +37,7 @@ def iso_c(updates: Updates, *, scale: float = 1.0) -> Merged:
 @jax.jit
 def _iso_c(updates: Updates, scale: float) -> tuple[list[Array], dict[str, Facts]]:
     def one(update: Array) -> tuple[Array, Facts]:
-        summed = update.sum(0)
+        summed = spectral.summed(update)
         factor = spectral.polar(summed)
         mean = (factor * summed).sum(-1).sum(-1) / min(summed.shape[-2:])
         return mean[:, None, None] * factor, {"singular_value": mean}

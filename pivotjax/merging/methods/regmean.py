@@ -48,8 +48,8 @@ def _regmean(updates: Updates, grams: dict[str, Array], rho: float, scale: float
     def one(update: Array, gram: Array) -> Array:
         """`[K, n, d_out, d_in]`, `[K, n, d_in, d_in]` -> `[n, d_out, d_in]`."""
         shrunk = spectral.shrink(gram, rho)
-        moment = spectral.matmul(update, shrunk).mean(0)
-        return spectral.fit(moment, shrunk.mean(0), update.mean(0))
+        moment = spectral.mean(spectral.matmul(update, shrunk))
+        return spectral.fit(moment, spectral.mean(shrunk), spectral.mean(update))
 
     matrices = batched(one, updates.layers, grams)
     return [scale * leaf for leaf in leaves_from(updates.layout, matrices, updates.others_mean())]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pivotjax.merging.methods.matrices import Facts, left_directions, merge_kernels, merged
 from pivotjax.merging.registry import METHODS, Merged, Positive, method
-from pivotjax.merging.spectral import matmul, norm, tolerance, transpose
+from pivotjax.merging.spectral import matmul, norm, summed, tolerance, transpose
 from pivotjax.merging.updates import Array, Updates
 
 Of = Literal["sum", "task_arithmetic", "ties", "tsv_m", "star", "wudi"]
@@ -54,7 +54,7 @@ def _svc(
     updates: Updates, scale: float, alpha: float, inner: list[Array] | None
 ) -> tuple[list[Array], dict[str, Facts]]:
     def one(update: Array, before: Array | None = None) -> tuple[Array, Facts]:
-        before = update.sum(0) if before is None else before[0]
+        before = summed(update) if before is None else before[0]
         u = left_directions(before)
         response = matmul(transpose(u), before)
 

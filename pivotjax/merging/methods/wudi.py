@@ -51,7 +51,7 @@ def wudi(updates: Updates, *, steps: Count | None = None, rate: Positive = 1e-5,
 @partial(jax.jit, static_argnums=3)
 def _wudi(updates: Updates, scale: float, rate: float, steps: int | None) -> tuple[list[Array], dict[str, Facts]]:
     def one(update: Array) -> tuple[Array, Facts]:
-        start = update.mean(0) if steps is None else update.sum(0)
+        start = spectral.mean(update) if steps is None else spectral.summed(update)
         gram, missing = _equations(update, update / _norms(update), start)
         if steps is None:
             return start + matmul(missing, spectral.pinv(gram, _rounding(gram))), {}
@@ -88,7 +88,7 @@ def swudi(updates: Updates, *, time: Positive = 300.0, keep: Fraction = 0.65, sc
 @partial(jax.jit, static_argnums=3)
 def _swudi(updates: Updates, scale: float, time: float, keep: float) -> tuple[list[Array], dict[str, Facts]]:
     def one(update: Array) -> tuple[Array, Facts]:
-        start = update.sum(0)
+        start = spectral.summed(update)
         gram, missing = _equations(update, update / _norms(update), start)
         rank = math.ceil(keep * gram.shape[-1] - 1e-6)
         values, vectors = spectral.eigh(gram)
@@ -142,8 +142,8 @@ def _optmerge(
 ) -> tuple[list[Array], dict[str, Facts]]:
     def one(update: Array) -> tuple[Array, Facts]:
         leading = rank or single_rank(update.shape, len(update))
-        mean = update.mean(0)
-        centre, start = (mean, update.sum(0)) if form == "full" else (jnp.zeros_like(mean), mean)
+        mean = spectral.mean(update)
+        centre, start = (mean, spectral.summed(update)) if form == "full" else (jnp.zeros_like(mean), mean)
 
         def denoised(d: Array) -> tuple[Array, Array]:
             """`T_k` and `S_k V_k'`."""
