@@ -210,7 +210,10 @@ def spectral(method, scale=1.0):
 
 
 def svd(x, rank=None):
-    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    try:
+        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    except torch.linalg.LinAlgError:  # LAPACK's float32 gives up on some of these matrices
+        u, s, vt = (part.float() for part in torch.linalg.svd(x.double(), full_matrices=False))
     return u[:, :rank], s[:rank], vt[:rank]
 
 

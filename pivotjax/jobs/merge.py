@@ -110,14 +110,14 @@ def parse(args: Sequence[str]) -> tuple[MergeConfig, MergeRecipe]:
     written = configs.read_yaml(Path(where)) if where else {}
     own = {field.name for field in fields(MergeConfig)}
     values, rest = merge_args.split(list(args[1:] if where else args), written, own)
-    default = configs.from_dict(MergeConfig, {k: v for k, v in values.items() if k in own}, where or "pivotjax merge")
+    default = configs.from_dict(MergeConfig, {k: v for k, v in values.items() if k in own}, where or "the options")
     config = configs.overridden(default, rest, "pivotjax merge")
     plan = {key: value for key, value in values.items() if key not in own}
     if config.calibration is not None:
         plan["calibration"] = configs.resolved(config.calibration)
     # A command line without a recipe speaks our language alone.
     defaults, job_keys = None if where else "pivotjax", bool(own & written.keys())
-    return config, recipe.parse(yaml.safe_dump(plan), where or "pivotjax merge", defaults, job_keys)
+    return config, recipe.parse(yaml.safe_dump(plan), where or "the options", defaults, job_keys)
 
 
 def run(config: MergeConfig, plan: MergeRecipe) -> dict[str, Any]:
