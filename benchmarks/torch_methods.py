@@ -8,6 +8,7 @@ defaults.
 import torch
 
 Tensors = dict[str, torch.Tensor]
+RTOL = torch.finfo(torch.float32).eps ** (2 / 3)  # of a Gram matrix's spectrum, as in pivotjax
 
 
 def updates(base: Tensors, experts: list[Tensors], key: str) -> list[torch.Tensor]:
@@ -267,7 +268,8 @@ def normal_equations(targets, measures, deltas):
 
 def wudi(deltas):
     gram, moment = normal_equations(deltas, deltas, deltas)
-    return moment @ torch.linalg.pinv(gram, hermitian=True, rtol=1e-6)
+    start = sum(deltas) / len(deltas)  # where the updates say nothing
+    return start + (moment - start @ gram) @ torch.linalg.pinv(gram, hermitian=True, rtol=RTOL)
 
 
 def swudi(deltas, time=300.0, keep=0.65):
@@ -277,7 +279,7 @@ def swudi(deltas, time=300.0, keep=0.65):
     weight = torch.zeros(len(values))
     weight[-leading:] = 1 - torch.exp(-time * values[-leading:].clamp(min=0))
     start = sum(deltas)
-    whole = moment @ torch.linalg.pinv(gram, hermitian=True, rtol=1e-6)
+    whole = moment @ torch.linalg.pinv(gram, hermitian=True, rtol=RTOL)
     return start + (whole - start) @ (vectors * weight) @ vectors.T
 
 

@@ -110,10 +110,14 @@ def decompose(update: Array, gram: Array | None, shares: Array, options: Filter)
     act = partial(_act, effects, image, metric, shares, options)
     width = space.kept.shape[-1]
     few = max(1, width // _MANY)
-    # What is outside the space costs as much as what is inside: where few directions are kept, only those are computed.
-    change, inside, consensus = jax.lax.cond(
-        space.kept.sum(-1).max() <= few, lambda: _widened(act(space.first(few)), width), lambda: act(space)
-    )
+
+    # Directions outside the space cost as much as those inside: where few are kept, only those are computed. Not for a
+    # TPU, whose compiler would take half a minute longer.
+    def as_few(space: _Space) -> tuple[Array, Array, Array]:
+        fits = space.kept.sum(-1).max() <= few
+        return jax.lax.cond(fits, lambda: _widened(act(space.first(few)), width), lambda: act(space))
+
+    change, inside, consensus = jax.lax.platform_dependent(space, tpu=act, default=as_few)
     energy = inside / nonzero(squares).T
     change = change * size if options.unit else change
     # Only the change goes back to updates: what the filter leaves alone stays exact, inputs never seen too.
@@ -126,8 +130,10 @@ def _act(
 ) -> tuple[Array, Array, Array]:
     """What the filter changes in the effects `[K, n, d_out, d_in]`, energies inside the space `[n, K]`, consensus
     `[n, r]`."""
-    rows = space.inside(effects)
-    partners = rows if metric is None else space.inside(image)
+    if metric is None:
+        rows = partners = space.inside(effects)
+    else:  # both at once: on TPU each matrix product costs seconds of compilation
+        rows, partners = jnp.split(space.inside(jnp.concatenate([effects, image])), 2)
     products = _products(rows, partners)
     filtered, consensus = _filter(rows, products, metric, shares, options)
     change = space.back(filtered - rows)

@@ -211,7 +211,7 @@ class _Bracket(NamedTuple):
     reach_high: Array
 
 
-_SAMPLE = 1 << 14  # entries
+_SAMPLE = 1 << 12  # entries; more would take TPU's compiler long to sort
 
 
 def _first(sample: Array, share: Array) -> Array:
