@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from pivotjax.checkpoints import names
 from pivotjax.checkpoints.gguf import GGUF, unpermuted
-from pivotjax.checkpoints.names import Rule, transposed
+from pivotjax.checkpoints.names import Names, Rule, Transform, transposed
 from pivotjax.checkpoints.safetensors_io import SafetensorsFolder
 from pivotjax.errors import InputError
 from pivotjax.files import read_json, sha256
@@ -39,11 +39,9 @@ class Family:
 
     module: Callable[..., nnx.Module]
     gguf_config: Callable[[GGUF], LlamaConfig]
-    gguf_rules: Callable[[LlamaConfig], list[Rule]]
+    gguf_names: Callable[[LlamaConfig], Names]
     folder_config: Callable[[dict[str, Any], str], LlamaConfig]
-    folder_rules: Callable[[LlamaConfig], list[Rule]]
-    ignore: tuple[str, ...] = ()  # names that checkpoints may carry and the network does not need
-    ignore_tied: tuple[str, ...] = ()  # likewise where the embeddings are tied
+    folder_names: Callable[[LlamaConfig], Names]
 
 
 def load_language(path: Path, dtype=jnp.float32) -> Language:
@@ -72,7 +70,7 @@ def _load_gguf(path: Path, dtype) -> Language:
     file = GGUF(path)
     family = _family(file.metadata("general.architecture"), path)
     config = family.gguf_config(file)
-    graphdef, params = _load_weights(family, config, family.gguf_rules(config), file, dtype, path)
+    graphdef, params = _load_weights(family, config, family.gguf_names(config), file, dtype, path)
     eos_id = int(file.metadata("tokenizer.ggml.eos_token_id"))
     return Language(path.stem, config, graphdef, params, file.tokenizer(), eos_id, sha256(path))
 
@@ -82,7 +80,7 @@ def _load_folder(path: Path, dtype) -> Language:
     family = _family(settings.get("model_type"), path)
     config = family.folder_config(settings, str(path / "config.json"))
     tensors = SafetensorsFolder(path)
-    graphdef, params = _load_weights(family, config, family.folder_rules(config), tensors, dtype, path)
+    graphdef, params = _load_weights(family, config, family.folder_names(config), tensors, dtype, path)
     hashes = "".join(sha256(file) for file in tensors.files)
     identity = hashlib.sha256(hashes.encode()).hexdigest()
     return Language(path.name, config, graphdef, params, _tokenizer(path), _eos_id(settings, path), identity)
@@ -94,10 +92,9 @@ def _family(architecture: str | None, path: Path) -> Family:
     return FAMILIES[architecture]
 
 
-def _load_weights(family, config, rules, tensors: Mapping, dtype, path) -> tuple[nnx.GraphDef, dict]:
+def _load_weights(family, config, table: Names, tensors: Mapping, dtype, path) -> tuple[nnx.GraphDef, dict]:
     graphdef, shapes = abstract(family, config, dtype)
-    ignore = family.ignore + (family.ignore_tied if config.tie_embeddings else ())
-    return graphdef, names.load(tensors, rules, shapes, ignore=ignore, where=str(path))
+    return graphdef, names.load(tensors, table, shapes, where=str(path))
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
@@ -172,42 +169,45 @@ def _llama_folder_config(settings: dict[str, Any], where: str) -> LlamaConfig:
         raise InputError(f"{where} has no field {error.args[0]!r}; get the model's config.json again") from error
 
 
-def _llama_gguf_rules(config: LlamaConfig) -> list[Rule]:
+def _llama_gguf_names(config: LlamaConfig) -> Names:
     def rotated(heads):
-        return lambda weight: unpermuted(weight, heads).T
+        return Transform(lambda weight: unpermuted(weight, heads).T, None)
 
-    return [
+    rules = [
         Rule("embedding", ("token_embd.weight",)),
         Rule("norm/scale", ("output_norm.weight",)),
         Rule("head/kernel", ("output.weight",), transposed),
-        Rule("layers/attention_norm/scale", ("blk.{layer}.attn_norm.weight",)),
-        Rule("layers/q/kernel", ("blk.{layer}.attn_q.weight",), rotated(config.num_heads)),
-        Rule("layers/k/kernel", ("blk.{layer}.attn_k.weight",), rotated(config.num_kv_heads)),
-        Rule("layers/v/kernel", ("blk.{layer}.attn_v.weight",), transposed),
-        Rule("layers/o/kernel", ("blk.{layer}.attn_output.weight",), transposed),
-        Rule("layers/mlp_norm/scale", ("blk.{layer}.ffn_norm.weight",)),
-        Rule("layers/gate/kernel", ("blk.{layer}.ffn_gate.weight",), transposed),
-        Rule("layers/up/kernel", ("blk.{layer}.ffn_up.weight",), transposed),
-        Rule("layers/down/kernel", ("blk.{layer}.ffn_down.weight",), transposed),
+        Rule("layers/{layer}/attention_norm/scale", ("blk.{layer}.attn_norm.weight",)),
+        Rule("layers/{layer}/q/kernel", ("blk.{layer}.attn_q.weight",), rotated(config.num_heads)),
+        Rule("layers/{layer}/k/kernel", ("blk.{layer}.attn_k.weight",), rotated(config.num_kv_heads)),
+        Rule("layers/{layer}/v/kernel", ("blk.{layer}.attn_v.weight",), transposed),
+        Rule("layers/{layer}/o/kernel", ("blk.{layer}.attn_output.weight",), transposed),
+        Rule("layers/{layer}/mlp_norm/scale", ("blk.{layer}.ffn_norm.weight",)),
+        Rule("layers/{layer}/gate/kernel", ("blk.{layer}.ffn_gate.weight",), transposed),
+        Rule("layers/{layer}/up/kernel", ("blk.{layer}.ffn_up.weight",), transposed),
+        Rule("layers/{layer}/down/kernel", ("blk.{layer}.ffn_down.weight",), transposed),
     ]
+    return Names(tuple(rules))
 
 
-def _llama_folder_rules(config: LlamaConfig) -> list[Rule]:
+def _llama_folder_names(config: LlamaConfig) -> Names:
     layer = "model.layers.{layer}"
-    return [
+    rules = [
         Rule("embedding", ("model.embed_tokens.weight",)),
         Rule("norm/scale", ("model.norm.weight",)),
         Rule("head/kernel", ("lm_head.weight",), transposed),
-        Rule("layers/attention_norm/scale", (f"{layer}.input_layernorm.weight",)),
-        Rule("layers/q/kernel", (f"{layer}.self_attn.q_proj.weight",), transposed),
-        Rule("layers/k/kernel", (f"{layer}.self_attn.k_proj.weight",), transposed),
-        Rule("layers/v/kernel", (f"{layer}.self_attn.v_proj.weight",), transposed),
-        Rule("layers/o/kernel", (f"{layer}.self_attn.o_proj.weight",), transposed),
-        Rule("layers/mlp_norm/scale", (f"{layer}.post_attention_layernorm.weight",)),
-        Rule("layers/gate/kernel", (f"{layer}.mlp.gate_proj.weight",), transposed),
-        Rule("layers/up/kernel", (f"{layer}.mlp.up_proj.weight",), transposed),
-        Rule("layers/down/kernel", (f"{layer}.mlp.down_proj.weight",), transposed),
+        Rule("layers/{layer}/attention_norm/scale", (f"{layer}.input_layernorm.weight",)),
+        Rule("layers/{layer}/q/kernel", (f"{layer}.self_attn.q_proj.weight",), transposed),
+        Rule("layers/{layer}/k/kernel", (f"{layer}.self_attn.k_proj.weight",), transposed),
+        Rule("layers/{layer}/v/kernel", (f"{layer}.self_attn.v_proj.weight",), transposed),
+        Rule("layers/{layer}/o/kernel", (f"{layer}.self_attn.o_proj.weight",), transposed),
+        Rule("layers/{layer}/mlp_norm/scale", (f"{layer}.post_attention_layernorm.weight",)),
+        Rule("layers/{layer}/gate/kernel", (f"{layer}.mlp.gate_proj.weight",), transposed),
+        Rule("layers/{layer}/up/kernel", (f"{layer}.mlp.up_proj.weight",), transposed),
+        Rule("layers/{layer}/down/kernel", (f"{layer}.mlp.down_proj.weight",), transposed),
     ]
+    ignore = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+    return Names(tuple(rules), ignore=ignore + ((r"lm_head\.weight",) if config.tie_embeddings else ()))
 
 
 # Keyed by the checkpoint's own word for its architecture: `general.architecture` in GGUF, `model_type` in config.json.
@@ -215,10 +215,8 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(
         module=Llama,
         gguf_config=_llama_gguf_config,
-        gguf_rules=_llama_gguf_rules,
+        gguf_names=_llama_gguf_names,
         folder_config=_llama_folder_config,
-        folder_rules=_llama_folder_rules,
-        ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
-        ignore_tied=(r"lm_head\.weight",),
+        folder_names=_llama_folder_names,
     ),
 }

@@ -87,7 +87,7 @@ def _load_efficientnet_lite(tensors: Mapping[str, np.ndarray], where: str):
     module = nnx.eval_shape(lambda: EfficientNetLite(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(module)
     shapes = nnx.to_pure_dict(state)
-    params = names.load(tensors, efficientnet_lite.rules(), shapes, ignore=efficientnet_lite.IGNORE, where=where)
+    params = names.load(tensors, efficientnet_lite.names(), shapes, where=where)
     return graphdef, params, config
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from pivotjax.checkpoints.names import Rule, transposed
+from pivotjax.checkpoints.names import Names, Rule, Transform, transposed
 
 _NORM_EPS = 1e-3
 
@@ -149,10 +149,10 @@ class EfficientNetLite(nnx.Module):
         return self.classifier(self.features(images).mean((1, 2)))
 
 
-def rules() -> list[Rule]:
+def names() -> Names:
     """The names of the PyTorch release (`_blocks.N._expand_conv.weight` ...), BatchNorm folded on the way."""
     blocks = "_blocks.{block}."
-    return [
+    rules = [
         *_folded("stem", "_conv_stem", "_bn0", lambda weight: weight.transpose(2, 3, 1, 0)),
         *_folded("blocks/{block}/expand", f"{blocks}_expand_conv", f"{blocks}_bn0", _pointwise),
         *_folded("blocks/{block}/depthwise", f"{blocks}_depthwise_conv", f"{blocks}_bn1", _depthwise),
@@ -161,9 +161,7 @@ def rules() -> list[Rule]:
         Rule("classifier/kernel", ("_fc.weight",), transposed),
         Rule("classifier/bias", ("_fc.bias",)),
     ]
-
-
-IGNORE = (r".*\.num_batches_tracked",)
+    return Names(tuple(rules), ignore=(r".*\.num_batches_tracked",))
 
 
 def _folded(path: str, conv: str, norm: str, layout) -> list[Rule]:
@@ -176,12 +174,12 @@ def _folded(path: str, conv: str, norm: str, layout) -> list[Rule]:
         Rule(
             f"{path}/kernel",
             (f"{conv}.weight", f"{norm}.weight", f"{norm}.running_var"),
-            lambda weight, gamma, variance: layout(weight) * scale(gamma, variance),
+            Transform(lambda weight, gamma, variance: layout(weight) * scale(gamma, variance), None),
         ),
         Rule(
             f"{path}/bias",
             (f"{norm}.bias", f"{norm}.running_mean", f"{norm}.weight", f"{norm}.running_var"),
-            lambda beta, mean, gamma, variance: beta - mean * scale(gamma, variance),
+            Transform(lambda beta, mean, gamma, variance: beta - mean * scale(gamma, variance), None),
         ),
     ]
 
