@@ -1,0 +1,208 @@
+"""The layout of the LLaVA repository: one language model's config.json and tensors, with `mm_` ones beside them.
+
+A checkpoint of `LlavaLlamaForCausalLM` (or Mistral, Qwen2) is the same network as transformers' `llava`, or `llava_next`
+where images are cut into tiles. Here the two ways of writing it are put side by side: fields of config.json
+(`hugging_face_settings`, `original_settings`), tensor names (`names`) and rows of the vocabulary (`original_rows`,
+`hugging_face_rows`, `resized`). The vision tower is often not in the checkpoint; its own folder supplies it.
+
+Source: https://github.com/haotian-liu/LLaVA, `llava/model`, and transformers' `convert_llava_weights_to_hf.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pivotjax.checkpoints.names import Names, Rule, Transform
+from pivotjax.errors import InputError
+from pivotjax.models import projector
+
+Settings = Mapping[str, Any]
+
+# `model_type` of config.json here, and of the language model in it.
+_TEXT_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+_ARCHITECTURES = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+}
+# Fields that are not the language model's.
+_OURS = ("image_aspect_ratio", "image_grid_pinpoints", "use_mm_proj", "model_type", "architectures", "auto_map")
+_PREFIXES = ("mm_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "image_crop_resolution", "image_split_resolution")
+_TILED = "spatial_unpad"  # mm_patch_merge_type
+_MULTIPLE = 64  # of rows, to which transformers' conversion pads a vocabulary
+
+
+def is_original(settings: Settings) -> bool:
+    """Whether a config.json is of the LLaVA repository's layout."""
+    return "mm_projector_type" in settings or "mm_vision_tower" in settings
+
+
+def hugging_face_settings(settings: Settings, vision_config: Settings, image_token: int, where: str) -> dict[str, Any]:
+    """config.json as transformers has it.
+
+    A projector that transformers' class does not have (anything but two layers) is kept as `mm_projector_type`, which
+    our `llava` family reads and transformers does not.
+
+    Args:
+        settings: config.json of the LLaVA repository's layout.
+        vision_config: of the vision tower (`model_type` `clip_vision_model` or `siglip_vision_model`).
+        image_token: the id that stands for an image; a checkpoint here has none.
+        where: names the file in errors.
+    """
+    _check_supported(settings, where)
+    text = {k: v for k, v in settings.items() if k not in _OURS and not k.startswith(_PREFIXES)}
+    kind = settings.get("mm_projector_type") or "linear"
+    classless = "siglip" in vision_config["model_type"]
+    feature = settings.get("mm_vision_select_feature", "patch")
+    tiled = settings.get("mm_patch_merge_type") == _TILED
+    made = {
+        "model_type": "llava_next" if tiled else "llava",
+        "architectures": ["LlavaNextForConditionalGeneration" if tiled else "LlavaForConditionalGeneration"],
+        "text_config": {"model_type": _TEXT_TYPES[settings["model_type"]], **text},
+        "vision_config": dict(vision_config),
+        "image_token_index": image_token,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": settings.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": "default" if feature == "patch" and not classless else "full",
+        "tie_word_embeddings": bool(settings.get("tie_word_embeddings", False)),
+    }
+    side = vision_config["image_size"] // vision_config["patch_size"]
+    made["image_seq_length"] = side * side + (made["vision_feature_select_strategy"] == "full" and not classless)
+    if kind != "mlp2x_gelu":
+        made["mm_projector_type"] = kind
+    if tiled:  # the LLaVA repository gives width before height
+        made["image_grid_pinpoints"] = [[h, w] for w, h in settings["image_grid_pinpoints"]]
+    return made | {key: settings[key] for key in ("torch_dtype", "dtype") if key in settings}
+
+
+def _check_supported(settings: Settings, where: str) -> None:
+    if settings.get("model_type") not in _TEXT_TYPES:
+        raise InputError(f"{where}: model_type {settings.get('model_type')!r} is not supported in the LLaVA "
+                         f"repository's layout; known: {', '.join(_TEXT_TYPES)}")
+    projector.depth(settings.get("mm_projector_type") or "linear")
+    known = {
+        "mm_vision_select_feature": (None, "patch", "cls_patch"),
+        "mm_use_im_start_end": (None, False),
+        "mm_use_im_patch_token": (None, False),
+        "mm_resampler_type": (None,),
+        "mm_patch_merge_type": (None, "flat", _TILED),
+    }
+    for field, values in known.items():
+        if settings.get(field) not in values:
+            raise InputError(f"{where}: {field} {settings[field]!r} is not supported; known: "
+                             f"{', '.join(str(value) for value in values if value is not None) or 'none'}")
+    tiled = settings.get("mm_patch_merge_type") == _TILED
+    if tiled != (settings.get("image_aspect_ratio") == "anyres") or (tiled and not settings.get("image_grid_pinpoints")):
+        raise InputError(f"{where}: mm_patch_merge_type {settings.get('mm_patch_merge_type')!r} with image_aspect_ratio "
+                         f"{settings.get('image_aspect_ratio')!r} is not supported; tiles need {_TILED}, anyres and "
+                         "image_grid_pinpoints")
+
+
+def original_settings(settings: Settings, vision_tower: str, rows: int, where: str) -> dict[str, Any]:
+    """config.json of the LLaVA repository's layout from transformers' one, of a `llava` or `llava_next` model.
+
+    Args:
+        settings: transformers' config.json.
+        vision_tower: what `mm_vision_tower` is to say: a hub id or a path, which LLaVA opens.
+        rows: of the vocabulary (`original_rows`).
+        where: names the file in errors.
+
+    Raises:
+        InputError: the model uses what LLaVA cannot express.
+    """
+    text, tower = settings["text_config"], settings["vision_config"]
+    strategy, layer = settings.get("vision_feature_select_strategy", "default"), settings.get("vision_feature_layer", -2)
+    classless = "siglip" in tower["model_type"]
+    cannot = {
+        f"the language model {text.get('model_type')!r}": text.get("model_type", "llama") not in _ARCHITECTURES,
+        f"vision_feature_layer {layer}": not isinstance(layer, int),
+        "multimodal_projector_bias false": not settings.get("multimodal_projector_bias", True),
+        f"projector_hidden_act {settings.get('projector_hidden_act')!r}":
+            settings.get("projector_hidden_act", "gelu") != "gelu",
+        f"vision_feature_select_strategy {strategy!r} without a class token": classless and strategy == "default",
+    }  # fmt: skip
+    for what, true in cannot.items():
+        if true:
+            raise InputError(f"{where}: the LLaVA repository's layout has no way to say {what}; keep transformers' one")
+    model_type, architecture = _ARCHITECTURES[text.get("model_type", "llama")]
+    kept = {k: v for k, v in text.items() if k not in ("architectures", "_name_or_path")}
+    made = kept | {
+        "model_type": model_type,
+        "architectures": [architecture],
+        "vocab_size": rows,
+        "use_mm_proj": True,
+        "mm_vision_tower": vision_tower,
+        "mm_projector_type": settings.get("mm_projector_type", "mlp2x_gelu"),
+        "mm_hidden_size": tower["hidden_size"],
+        "mm_vision_select_layer": layer,
+        "mm_vision_select_feature": "patch" if classless or strategy == "default" else "cls_patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "tie_word_embeddings": bool(settings.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+    }
+    if settings["model_type"] == "llava_next":
+        made |= {"mm_patch_merge_type": _TILED, "image_aspect_ratio": "anyres",
+                 "image_grid_pinpoints": [[w, h] for h, w in settings["image_grid_pinpoints"]]}  # fmt: skip
+    return made | {key: settings[key] for key in ("torch_dtype", "dtype") if key in settings}
+
+
+def original_rows(vocab_size: int, image_token: int, tokens: Mapping[str, int]) -> int:
+    """Rows of the vocabulary that a model of `vocab_size` rows has in the LLaVA repository's layout.
+
+    Rows are dropped only if transformers' conversion has added them: all from the image token's on, where no token but
+    the image's and the padding's has one, and no more than the padding to a multiple of 64. Otherwise all stay.
+
+    Args:
+        vocab_size: rows that there are.
+        image_token: id of the image token.
+        tokens: the tokenizer's whole vocabulary, added tokens included; empty where it is not known.
+    """
+    others = [number for token, number in tokens.items() if number != image_token and token != "<pad>"]
+    first = max(others, default=vocab_size) + 1
+    return first if first == image_token and vocab_size <= _padded(first + 2) else vocab_size
+
+
+def hugging_face_rows(vocab_size: int, image_token: int) -> int:
+    """Rows of the vocabulary that transformers' layout needs: one for the image token, and as its conversion does
+    one for a padding token and some up to a multiple of 64. None are added where there is room already."""
+    return vocab_size if image_token < vocab_size else _padded(image_token + 2)
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // _MULTIPLE) * _MULTIPLE
+
+
+def image_token_of(vocab_size: int, tokens: Mapping[str, int]) -> int:
+    """The id that stands for an image: the tokenizer's own, else the first that no token has."""
+    return tokens.get("<image>", max(tokens.values(), default=vocab_size - 1) + 1)
+
+
+def resized(names: Names, ours: int, theirs: int) -> Names:
+    """The table of a checkpoint whose vocabulary has `theirs` rows, for a model that has `ours`.
+
+    Rows that are missing on the side that is made are the mean of those there: no image or padding token is ever the
+    likeliest then, and nothing that is compared with them is far off. Rows that are too many are left out.
+    """
+    at = {"language/embedding": 0, "language/head/kernel": 0}
+
+    def between(rule: Rule) -> Rule:
+        if rule.path not in at:
+            return rule
+        forward, inverse = rule.transform
+        return replace(
+            rule,
+            transform=Transform(lambda tensor: forward(_rows(tensor, ours)), lambda leaf: _rows(inverse(leaf), theirs)),
+        )
+
+    return replace(names, rules=tuple(map(between, names.rules)))
+
+
+def _rows(tensor: np.ndarray, count: int) -> np.ndarray:
+    """A matrix `[rows, dim]` with `count` rows."""
+    if count <= len(tensor):
+        return tensor[:count]
+    mean = tensor.mean(0, dtype=np.float32, keepdims=True).astype(tensor.dtype)
+    return np.concatenate([tensor, np.repeat(mean, count - len(tensor), 0)])
