@@ -8,10 +8,10 @@ from flax import nnx
 
 from pivotjax.errors import InputError
 from pivotjax.models.generation import _sample, generate
-from pivotjax.models.language import FAMILIES, Language, LlamaConfig, abstract
+from pivotjax.models.language import FAMILIES, DecoderConfig, Language, abstract
 from pivotjax.models.vlm import IMAGE_TOKEN, splice
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=37, dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40,
     tie_embeddings=True, max_length=128,
 )  # fmt: skip
