@@ -19,8 +19,8 @@ TALK = [
     {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
 ]
 VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions."
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
 )
 LLAMA = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "

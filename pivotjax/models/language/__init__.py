@@ -22,7 +22,7 @@ from pivotjax.models.settings import Settings
 
 __all__ = [
     "FAMILIES", "GGUF_FAMILIES", "Cache", "Decoder", "DecoderConfig", "Family", "Language", "abstract", "family_of",
-    "load_language", "load_weights",
+    "load_language", "load_weights", "read_tokenizer",
 ]  # fmt: skip
 
 
@@ -103,10 +103,11 @@ def _load_folder(path: Path, dtype) -> Language:
     graphdef, params = load_weights(family, config, tensors, dtype, str(path))
     hashes = "".join(sha256(file) for file in tensors.files)
     identity = hashlib.sha256(hashes.encode()).hexdigest()
-    return Language(path.name, config, graphdef, params, _tokenizer(path), _eos_id(settings), identity)
+    return Language(path.name, config, graphdef, params, read_tokenizer(path), _eos_id(settings), identity)
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The fast tokenizer of a model's folder; InputError if there is none."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")

@@ -1,7 +1,7 @@
 """The layout of the LLaVA repository: one language model's config.json and tensors, with `mm_` ones beside them.
 
-A checkpoint of `LlavaLlamaForCausalLM` (or Mistral, Qwen2) is the same network as transformers' `llava`, or `llava_next`
-where images are cut into tiles. Here the two ways of writing it are put side by side: fields of config.json
+A checkpoint of `LlavaLlamaForCausalLM` (or Mistral, Qwen2) is the same network as transformers' `llava`, or, where
+images are cut into tiles, `llava_next`. Here the two ways of writing it are put side by side: fields of config.json
 (`hugging_face_settings`, `original_settings`), tensor names (`names`) and rows of the vocabulary (`original_rows`,
 `hugging_face_rows`, `resized`). The vision tower is often not in the checkpoint; its own folder supplies it.
 
@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from pivotjax.checkpoints.names import Names, Rule, Transform
+from pivotjax.checkpoints.names import Names, Rule, Transform, identity, transposed
 from pivotjax.errors import InputError
-from pivotjax.models import projector
+from pivotjax.models import language, projector, vision
+from pivotjax.models.multimodal.network import MultimodalConfig
+from pivotjax.models.multimodal.parts import joined
 
-Settings = Mapping[str, Any]
+Fields = Mapping[str, Any]
 
 # `model_type` of config.json here, and of the language model in it.
 _TEXT_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -34,12 +36,12 @@ _TILED = "spatial_unpad"  # mm_patch_merge_type
 _MULTIPLE = 64  # of rows, to which transformers' conversion pads a vocabulary
 
 
-def is_original(settings: Settings) -> bool:
+def is_original(settings: Fields) -> bool:
     """Whether a config.json is of the LLaVA repository's layout."""
     return "mm_projector_type" in settings or "mm_vision_tower" in settings
 
 
-def hugging_face_settings(settings: Settings, vision_config: Settings, image_token: int, where: str) -> dict[str, Any]:
+def hugging_face_settings(settings: Fields, vision_config: Fields, image_token: int, where: str) -> dict[str, Any]:
     """config.json as transformers has it.
 
     A projector that transformers' class does not have (anything but two layers) is kept as `mm_projector_type`, which
@@ -78,7 +80,7 @@ def hugging_face_settings(settings: Settings, vision_config: Settings, image_tok
     return made | {key: settings[key] for key in ("torch_dtype", "dtype") if key in settings}
 
 
-def _check_supported(settings: Settings, where: str) -> None:
+def _check_supported(settings: Fields, where: str) -> None:
     if settings.get("model_type") not in _TEXT_TYPES:
         raise InputError(f"{where}: model_type {settings.get('model_type')!r} is not supported in the LLaVA "
                          f"repository's layout; known: {', '.join(_TEXT_TYPES)}")
@@ -94,14 +96,13 @@ def _check_supported(settings: Settings, where: str) -> None:
         if settings.get(field) not in values:
             raise InputError(f"{where}: {field} {settings[field]!r} is not supported; known: "
                              f"{', '.join(str(value) for value in values if value is not None) or 'none'}")
-    tiled = settings.get("mm_patch_merge_type") == _TILED
-    if tiled != (settings.get("image_aspect_ratio") == "anyres") or (tiled and not settings.get("image_grid_pinpoints")):
-        raise InputError(f"{where}: mm_patch_merge_type {settings.get('mm_patch_merge_type')!r} with image_aspect_ratio "
-                         f"{settings.get('image_aspect_ratio')!r} is not supported; tiles need {_TILED}, anyres and "
-                         "image_grid_pinpoints")
+    merge, aspect = settings.get("mm_patch_merge_type"), settings.get("image_aspect_ratio")
+    if (merge == _TILED) != (aspect == "anyres") or (merge == _TILED and not settings.get("image_grid_pinpoints")):
+        raise InputError(f"{where}: mm_patch_merge_type {merge!r} with image_aspect_ratio {aspect!r} is not supported; "
+                         f"tiles need {_TILED}, anyres and image_grid_pinpoints")
 
 
-def original_settings(settings: Settings, vision_tower: str, rows: int, where: str) -> dict[str, Any]:
+def original_settings(settings: Fields, vision_tower: str, rows: int, where: str) -> dict[str, Any]:
     """config.json of the LLaVA repository's layout from transformers' one, of a `llava` or `llava_next` model.
 
     Args:
@@ -114,7 +115,8 @@ def original_settings(settings: Settings, vision_tower: str, rows: int, where: s
         InputError: the model uses what LLaVA cannot express.
     """
     text, tower = settings["text_config"], settings["vision_config"]
-    strategy, layer = settings.get("vision_feature_select_strategy", "default"), settings.get("vision_feature_layer", -2)
+    layer = settings.get("vision_feature_layer", -2)
+    strategy = settings.get("vision_feature_select_strategy", "default")
     classless = "siglip" in tower["model_type"]
     cannot = {
         f"the language model {text.get('model_type')!r}": text.get("model_type", "llama") not in _ARCHITECTURES,
@@ -147,6 +149,28 @@ def original_settings(settings: Settings, vision_tower: str, rows: int, where: s
         made |= {"mm_patch_merge_type": _TILED, "image_aspect_ratio": "anyres",
                  "image_grid_pinpoints": [[w, h] for h, w in settings["image_grid_pinpoints"]]}  # fmt: skip
     return made | {key: settings[key] for key in ("torch_dtype", "dtype") if key in settings}
+
+
+def names(config: MultimodalConfig, tower: bool = True) -> Names:
+    """The table of tensor names; without `tower` the vision tower is left to its own folder.
+
+    The projector is an `nn.Sequential` whose activations count, hence its even numbers; one layer alone has none.
+    """
+    decoder = language.FAMILIES[config.language_type].names(config.language).within("language", "")
+    numbers = [""] if config.connector == "linear" else [f".{2 * i}" for i in range(projector.depth(config.connector))]
+    rules = [
+        Rule(f"projector/linear_{i}/{leaf}", (f"model.mm_projector{number}.{key}",), transform)
+        for i, number in enumerate(numbers)
+        for leaf, key, transform in (("kernel", "weight", transposed), ("bias", "bias", identity))
+    ]
+    if config.grids:
+        rules.append(Rule("image_newline", ("model.image_newline",)))
+    if not tower:
+        return joined(decoder, rules=tuple(rules))
+    prefix = "model.vision_tower.vision_tower."
+    return joined(
+        decoder, vision.FAMILIES[config.vision_type].names(config.vision).within("vision", prefix), rules=tuple(rules)
+    )
 
 
 def original_rows(vocab_size: int, image_token: int, tokens: Mapping[str, int]) -> int:

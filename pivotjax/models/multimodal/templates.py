@@ -140,7 +140,7 @@ def render(
             tools=None, documents=None, add_generation_prompt=add_generation_prompt, **special,
         )  # fmt: skip
     except (jinja2.TemplateError, TypeError, KeyError) as error:
-        raise InputError(f"the chat template does not take these messages ({error}); choose another template") from error
+        raise InputError(f"the chat template does not take these messages ({error}); choose another") from error
 
 
 def _plain_values(messages: Sequence[Message]) -> list[dict[str, Any]]:
