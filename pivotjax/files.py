@@ -18,6 +18,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def within(folder: Path, name: str) -> Path:
+    """A file of a downloaded folder, by its name; InputError if that would lead out of the folder.
+
+    Links are followed inside the folder, and in a cache of the Hugging Face hub inside the repository's own folder
+    (`models--OWNER--NAME/snapshots/REVISION/FILE` is a link to `models--OWNER--NAME/blobs/HASH`).
+    """
+    if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+        raise InputError(f"{folder} names the file {name!r}, which is not inside it; get the model again")
+    path, home = folder / name, folder.resolve()
+    root = home.parent.parent if home.parent.name == "snapshots" else home
+    if not path.resolve().is_relative_to(root):
+        raise InputError(f"{path} is a link out of its folder; copy the file itself there if it is meant")
+    return path
+
+
 def output_folder(path: Path) -> Path:
     """Makes `path` a folder that can be written to; InputError says why where it cannot."""
     try:

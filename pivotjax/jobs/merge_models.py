@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pivotjax import files
-from pivotjax.checkpoints import lora, safetensors_io, tensors
+from pivotjax.checkpoints import folders, lora, tensors
 from pivotjax.checkpoints.tensors import Checkpoint, Spec
 from pivotjax.errors import InputError
 from pivotjax.jobs import merge_inputs, out_of_core
@@ -23,7 +23,7 @@ from pivotjax.progress import say
 _SHARD = 5_000_000_000  # bytes of a file, where the donor does not say
 _SMALL = 64_000_000  # bytes; larger files beside a model are not copied
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
-_OURS = ("README.md", "config.yaml", "merge_report.json", safetensors_io.INDEX, "pytorch_model.bin.index.json")
+_OURS = ("README.md", "config.yaml", "merge_report.json", folders.INDEX, folders.PICKLED_INDEX)
 
 
 class Limits(NamedTuple):
@@ -180,9 +180,10 @@ def _dtype(word: str | None) -> np.dtype | None:
 
 def _shards(donor: Checkpoint, specs: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:
     """The donor's files where it has several (and they do not grow), else one, or as many as its size asks for."""
+    held = donor.files
     grown = tensors.sizes(specs.values()) > tensors.sizes(donor.specs.values())
-    if len(donor.files) > 1 and not grown:
-        return {file: {name: specs[name] for name in names} for file, names in donor.files.items()}
+    if len(held) > 1 and not grown and all(file.endswith(".safetensors") for file in held):
+        return {file: {name: specs[name] for name in names} for file, names in held.items()}
     return tensors.sharded(specs, _SHARD, "adapter_model" if lora.is_adapter(donor) else "model")
 
 
