@@ -44,7 +44,7 @@ def build(family: str, text: str, tower: str, *, of_text=(), of_tower=(), seed: 
         joined = {"image_grid_pinpoints": GRIDS} | joined
     if family in ("llava", "llava_next"):
         joined = {"vision_feature_select_strategy": "default" if tower == "clip" else "full"} | joined
-    model = model_class(config_class(**parts, image_token_id=IMAGE, **joined)).eval()
+    model = model_class(config_class(**parts, **{"image_token_id": IMAGE} | joined)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.12 * torch.randn_like(parameter))

@@ -1,21 +1,31 @@
 """Whole multimodal models: a registry of families, and a loader for all that `pivotjax convert` reads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Sharding
 
 from pivotjax.checkpoints import names
+from pivotjax.checkpoints.names import Names
 from pivotjax.checkpoints.tensors import open_checkpoint
+from pivotjax.errors import InputError
 from pivotjax.files import read_json
-from pivotjax.models.multimodal import idefics3, llava, llava_next
+from pivotjax.models import language
+from pivotjax.models import vision as towers
+from pivotjax.models.multimodal import idefics3, llava, llava_next, llava_original, text
 from pivotjax.models.multimodal.family import Family
 from pivotjax.models.multimodal.model import Model
 from pivotjax.models.multimodal.network import Multimodal, MultimodalConfig
+from pivotjax.models.multimodal.prompts import load_prompts
+from pivotjax.models.processors import AnyProcessor, AnyResolutionProcessor, Processor, load_processor
 
-__all__ = ["FAMILIES", "Family", "Model", "Multimodal", "MultimodalConfig", "abstract", "load_model"]
+__all__ = ["FAMILIES", "Family", "Model", "Multimodal", "MultimodalConfig", "abstract", "family_of", "load_model"]
 
 # Keyed by config.json's `model_type`.
 FAMILIES: dict[str, Family] = {
@@ -26,16 +36,47 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def load_model(path: str | Path, dtype=jnp.float32, shardings=None, vision: str | Path | None = None) -> Model:
-    """Draft."""
+def load_model(
+    path: str | Path,
+    dtype=jnp.float32,
+    shardings: Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
+    vision: str | Path | None = None,
+) -> Model:
+    """A whole model: LLaVA, LLaVA-NeXT, Idefics3, SmolVLM; also a language model alone.
+
+    Args:
+        path: a Hugging Face folder, or a checkpoint of the LLaVA repository.
+        dtype: of the weights and the arithmetic.
+        shardings: `shardings("language/layers/q/kernel", leaf)` says where a leaf goes, tensor by tensor as it is read;
+            None: the default device.
+        vision: folder of the vision tower, where a checkpoint of the LLaVA repository does not have it inside and the
+            path that its config.json names is not there.
+
+    Raises:
+        InputError: nothing there, damaged, or of an architecture that is not supported.
+    """
     folder = Path(path)
-    settings = read_json(folder / "config.json")
-    where = str(folder / "config.json")
-    family = FAMILIES[settings["model_type"]]
-    config = family.config(settings, where)
+    settings = _settings(folder)
+    place = partial(_placed, shardings)
+    if llava_original.is_original(settings):
+        return _load_original(folder, settings, dtype, place, vision)
+    family = family_of(settings, str(folder))
+    config = family.config(settings, str(folder / "config.json"))
     graphdef, shapes = abstract(family, config, dtype)
-    params = names.load(open_checkpoint(folder), family.names(config), shapes, where=str(folder))
-    return Model(family, config, graphdef, params, _stop(folder, settings), _pad(settings), folder)
+    with open_checkpoint(folder) as tensors:
+        params = names.load(tensors, family.names(config), shapes, where=str(folder), shardings=place(shapes))
+    return _model(folder, settings, family, config, graphdef, params, partial(load_processor, folder))
+
+
+def family_of(settings: Mapping[str, Any], where: str) -> Family:
+    """The family of a config.json; InputError where there is none."""
+    kind = settings.get("model_type")
+    if kind in language.FAMILIES:
+        return text.FAMILY
+    if kind not in FAMILIES:
+        known = ", ".join((*FAMILIES, *language.FAMILIES))
+        raise InputError(f"{where}: architecture {kind!r} is not supported; known: {known}")
+    return FAMILIES[kind]
 
 
 def abstract(family: Family, config: MultimodalConfig, dtype) -> tuple[nnx.GraphDef, dict]:
@@ -45,12 +86,86 @@ def abstract(family: Family, config: MultimodalConfig, dtype) -> tuple[nnx.Graph
     return graphdef, nnx.to_pure_dict(state)
 
 
+def _settings(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError(f"there is no model at {folder}; give the folder of a whole model")
+    found = read_json(folder / "config.json")
+    if not isinstance(found, dict):
+        raise InputError(f"{folder / 'config.json'} is not a mapping of fields; get the model's config.json again")
+    return found
+
+
+def _placed(shardings: Callable | None, shapes: Any) -> Any:
+    if shardings is None:
+        return None
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: shardings(names.path_name(path), leaf), shapes)
+
+
+def _load_original(folder: Path, settings: Mapping, dtype, place: Callable, vision: str | Path | None) -> Model:
+    """The LLaVA repository's layout, whose vision tower (or at least its config) lies in a folder of its own."""
+    where, tower = str(folder / "config.json"), _tower_folder(folder, settings, vision)
+    tower_settings = _settings(tower)
+    vocabulary = language.read_tokenizer(folder).get_vocab() if (folder / "tokenizer.json").is_file() else {}
+    fields = llava_original.hugging_face_settings(
+        settings,
+        llava_original.tower_settings(tower_settings, str(tower / "config.json")),
+        llava_original.image_token_of(settings.get("vocab_size", 0), vocabulary),
+        where,
+    )
+    family = FAMILIES[fields["model_type"]]
+    config = family.config(fields, where)
+    graphdef, shapes = abstract(family, config, dtype)
+    with open_checkpoint(folder) as tensors:
+        inside = any(name.startswith(llava_original.TOWER) for name in tensors)
+        own = shapes if inside else {part: held for part, held in shapes.items() if part != "vision"}
+        table = llava_original.names(config, tower=inside)
+        params = names.load(tensors, table, own, where=str(folder), shardings=place(own))
+    if not inside:
+        params["vision"] = _load_tower(tower, tower_settings, config, shapes["vision"], place)
+    load_images = partial(_original_images, tower, settings, config)
+    return _model(folder, settings, family, config, graphdef, params, load_images)
+
+
+def _tower_folder(folder: Path, settings: Mapping, vision: str | Path | None) -> Path:
+    """`vision`, else what `mm_vision_tower` names, where that is a folder."""
+    named = settings.get("mm_vision_tower") or settings.get("vision_tower") or ""
+    if vision is not None:
+        return Path(vision)
+    if named and (folder / named).is_dir():  # absolute, or beside the checkpoint's files
+        return folder / named
+    raise InputError(f"{folder} does not hold its vision tower {named!r}; give the tower's folder (vision)")
+
+
+def _load_tower(folder: Path, settings: Mapping, config: MultimodalConfig, shapes: dict, place: Callable) -> dict:
+    table = towers.FAMILIES[settings["model_type"]].names(config.vision)
+    nested = {"vision": shapes}
+    table = Names(table.rules, table.aliases, table.ignore).within("vision", "")
+    with open_checkpoint(folder) as tensors:
+        return names.load(tensors, table, nested, where=str(folder), shardings=place(nested))["vision"]
+
+
+def _original_images(tower: Path, settings: Mapping, config: MultimodalConfig) -> AnyProcessor:
+    """The tower's processor; around it, what LLaVA does to an image first (`image_aspect_ratio`)."""
+    found = load_processor(tower)
+    if not isinstance(found, Processor):
+        raise InputError(f"{tower}: its image processor is not the one of a CLIP or SigLIP; get the folder again")
+    if config.grids:
+        return AnyResolutionProcessor(found, config.grids)
+    return replace(found, pad_square=settings.get("image_aspect_ratio") == "pad")
+
+
+def _model(folder, settings, family, config, graphdef, params, load_images) -> Model:
+    pad = _pad(settings)
+    prompts = partial(load_prompts, folder, family, config, pad, load_images)
+    return Model(family, config, graphdef, params, _stop(folder, settings), pad, prompts)
+
+
 def _stop(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
     """`eos_token_id` of generation_config.json, else of config.json, else of the language model in it."""
     file = folder / "generation_config.json"
     held = (read_json(file) if file.is_file() else {}, settings, settings.get("text_config") or {})
     found = next((one["eos_token_id"] for one in held if one.get("eos_token_id") is not None), ())
-    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+    return tuple(found) if isinstance(found, list) else (found,) if isinstance(found, int) else ()
 
 
 def _pad(settings: Mapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ images are cut into tiles, `llava_next`. Here the two ways of writing it are put
 Source: https://github.com/haotian-liu/LLaVA, `llava/model`, and transformers' `convert_llava_weights_to_hf.py`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,7 @@ _ARCHITECTURES = {
 # Fields that are not the language model's.
 _OURS = ("image_aspect_ratio", "image_grid_pinpoints", "use_mm_proj", "model_type", "architectures", "auto_map")
 _PREFIXES = ("mm_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "image_crop_resolution", "image_split_resolution")
+TOWER = "model.vision_tower.vision_tower."  # before the names of a tower that is inside the checkpoint
 _TILED = "spatial_unpad"  # mm_patch_merge_type
 _MULTIPLE = 64  # of rows, to which transformers' conversion pads a vocabulary
 
@@ -56,8 +58,8 @@ def hugging_face_settings(settings: Fields, vision_config: Fields, image_token: 
     _check_supported(settings, where)
     text = {k: v for k, v in settings.items() if k not in _OURS and not k.startswith(_PREFIXES)}
     kind = settings.get("mm_projector_type") or "linear"
-    classless = "siglip" in vision_config["model_type"]
-    feature = settings.get("mm_vision_select_feature", "patch")
+    tower = vision.FAMILIES[vision_config["model_type"]].config(vision_config, where)
+    drop_first = tower.has_class_token and settings.get("mm_vision_select_feature") != "cls_patch"
     tiled = settings.get("mm_patch_merge_type") == _TILED
     made = {
         "model_type": "llava_next" if tiled else "llava",
@@ -68,11 +70,10 @@ def hugging_face_settings(settings: Fields, vision_config: Fields, image_token: 
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": settings.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": "default" if feature == "patch" and not classless else "full",
+        "vision_feature_select_strategy": "default" if drop_first else "full",
+        "image_seq_length": tower.num_patches + tower.has_class_token - drop_first,
         "tie_word_embeddings": bool(settings.get("tie_word_embeddings", False)),
     }
-    side = vision_config["image_size"] // vision_config["patch_size"]
-    made["image_seq_length"] = side * side + (made["vision_feature_select_strategy"] == "full" and not classless)
     if kind != "mlp2x_gelu":
         made["mm_projector_type"] = kind
     if tiled:  # the LLaVA repository gives width before height
@@ -80,11 +81,24 @@ def hugging_face_settings(settings: Fields, vision_config: Fields, image_token: 
     return made | {key: settings[key] for key in ("torch_dtype", "dtype") if key in settings}
 
 
+def tower_settings(fields: Fields, where: str) -> dict[str, Any]:
+    """`vision_config` from config.json of a vision tower's folder: of CLIP or SigLIP, the tower alone or the whole."""
+    kind = fields.get("model_type")
+    if kind in ("clip", "siglip"):  # early ones repeat themselves in `vision_config_dict`
+        nested = (fields.get("vision_config") or {}) | (fields.get("vision_config_dict") or {})
+        return {**nested, "model_type": f"{kind}_vision_model"}
+    if kind not in ("clip_vision_model", "siglip_vision_model"):
+        raise InputError(f"{where}: {kind!r} is no vision tower that LLaVA has; give the folder of a CLIP or SigLIP")
+    return {key: value for key, value in fields.items() if key != "architectures"}
+
+
 def _check_supported(settings: Fields, where: str) -> None:
     if settings.get("model_type") not in _TEXT_TYPES:
         raise InputError(f"{where}: model_type {settings.get('model_type')!r} is not supported in the LLaVA "
                          f"repository's layout; known: {', '.join(_TEXT_TYPES)}")
-    projector.depth(settings.get("mm_projector_type") or "linear")
+    kind = settings.get("mm_projector_type") or "linear"
+    if not re.fullmatch(r"linear|mlp[1-9]x_gelu", kind):
+        raise InputError(f"{where}: mm_projector_type {kind!r} is not supported; known: linear and mlpNx_gelu")
     known = {
         "mm_vision_select_feature": (None, "patch", "cls_patch"),
         "mm_use_im_start_end": (None, False),
@@ -114,10 +128,11 @@ def original_settings(settings: Fields, vision_tower: str, rows: int, where: str
     Raises:
         InputError: the model uses what LLaVA cannot express.
     """
-    text, tower = settings["text_config"], settings["vision_config"]
+    text = settings["text_config"]
+    tower = vision.FAMILIES[settings["vision_config"]["model_type"]].config(settings["vision_config"], where)
     layer = settings.get("vision_feature_layer", -2)
     strategy = settings.get("vision_feature_select_strategy", "default")
-    classless = "siglip" in tower["model_type"]
+    classless = not tower.has_class_token
     cannot = {
         f"the language model {text.get('model_type')!r}": text.get("model_type", "llama") not in _ARCHITECTURES,
         f"vision_feature_layer {layer}": not isinstance(layer, int),
@@ -138,7 +153,7 @@ def original_settings(settings: Fields, vision_tower: str, rows: int, where: str
         "use_mm_proj": True,
         "mm_vision_tower": vision_tower,
         "mm_projector_type": settings.get("mm_projector_type", "mlp2x_gelu"),
-        "mm_hidden_size": tower["hidden_size"],
+        "mm_hidden_size": tower.dim,
         "mm_vision_select_layer": layer,
         "mm_vision_select_feature": "patch" if classless or strategy == "default" else "cls_patch",
         "mm_use_im_start_end": False,
@@ -167,9 +182,8 @@ def names(config: MultimodalConfig, tower: bool = True) -> Names:
         rules.append(Rule("image_newline", ("model.image_newline",)))
     if not tower:
         return joined(decoder, rules=tuple(rules))
-    prefix = "model.vision_tower.vision_tower."
     return joined(
-        decoder, vision.FAMILIES[config.vision_type].names(config.vision).within("vision", prefix), rules=tuple(rules)
+        decoder, vision.FAMILIES[config.vision_type].names(config.vision).within("vision", TOWER), rules=tuple(rules)
     )
 
 

@@ -1,8 +1,7 @@
 """A whole model in memory: logits, generation, prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from pivotjax.errors import InputError
 from pivotjax.models import generation
 from pivotjax.models.multimodal.family import Family, Images
 from pivotjax.models.multimodal.network import MultimodalConfig
-from pivotjax.models.multimodal.prompts import Picture, Prompts, Request, load_prompts
+from pivotjax.models.multimodal.prompts import Picture, Prompts, Request
 
 _BUCKET = 32  # prompts are compiled for multiples of this many tokens
 
@@ -29,21 +28,20 @@ class Model:
             used from the next call on.
         stop: tokens that end an answer.
         pad_token: what batches are padded with.
-        files: the folder with the tokenizer, the image processor's config and the chat template.
     """
 
     def __init__(
         self, family: Family, config: MultimodalConfig, graphdef: nnx.GraphDef, params: dict[str, Any],
-        stop: Sequence[int], pad_token: int, files: Path,
+        stop: Sequence[int], pad_token: int, prompts: Callable[[], Prompts],
     ):  # fmt: skip
         self.family, self.config, self.params = family, config, params
-        self.graphdef, self.stop, self.pad_token, self.files = graphdef, tuple(stop), pad_token, files
+        self.graphdef, self.stop, self.pad_token, self._load_prompts = graphdef, tuple(stop), pad_token, prompts
         self._decoder = nnx.split(nnx.merge(graphdef, params).language)[0]
 
     @cached_property
     def prompts(self) -> Prompts:
-        """Tokenizer, image processor and template; InputError if the folder lacks one."""
-        return load_prompts(self.files, self.family, self.config, self.pad_token)
+        """Tokenizer, image processor and template, read when first asked for; InputError if the folder lacks one."""
+        return self._load_prompts()
 
     def prepare(
         self,

@@ -21,25 +21,25 @@ class MultimodalConfig:
     """The parts of a whole model and how they are joined.
 
     Fields:
-        vision_type, language_type: the parts' families.
+        language_type, vision_type: the parts' families. A model of text alone has no tower.
+        image_token: the id that stands where an image's tokens go.
+        depths: layers of the tower after which hidden states are taken, laid side by side along the channels.
         connector: the projector's kind, its spatial reduction included.
         connector_bias: its layers have one.
-        depths: layers of the tower after which hidden states are taken, laid side by side along the channels.
         final_norm: the tower's last norm comes after them.
         drop_first: without the first token of each image (CLIP's class token).
-        image_token: the id that stands where an image's tokens go.
         grids: heights and widths in pixels, one of which an image is brought to and cut up (LLaVA-NeXT); empty: it is
             not cut up so.
     """
 
-    vision_type: str
-    vision: VisionConfig
     language_type: str
     language: DecoderConfig
-    connector: str
-    connector_bias: bool
-    depths: tuple[int, ...]
-    image_token: int
+    image_token: int | None = None
+    vision_type: str | None = None
+    vision: VisionConfig | None = None
+    depths: tuple[int, ...] = ()
+    connector: str = "linear"
+    connector_bias: bool = True
     final_norm: bool = False
     drop_first: bool = False
     grids: tuple[tuple[int, int], ...] = ()
@@ -60,8 +60,9 @@ class Multimodal(nnx.Module):
 
     def __init__(self, config: MultimodalConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
-        self.vision = vision.FAMILIES[config.vision_type].module(config.vision, dtype=dtype, rngs=rngs)
-        self.projector = _projector(config, dtype, rngs)
+        if config.vision is not None:
+            self.vision = vision.FAMILIES[config.vision_type].module(config.vision, dtype=dtype, rngs=rngs)
+            self.projector = _projector(config, dtype, rngs)
         self.language = language.FAMILIES[config.language_type].module(config.language, dtype=dtype, rngs=rngs)
         if config.grids:
             self.image_newline = nnx.Param(jax.random.normal(rngs.params(), (config.language.dim,), dtype))

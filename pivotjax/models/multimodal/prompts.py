@@ -1,9 +1,8 @@
 """Pictures and conversations as the arrays that a whole model takes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,7 +15,7 @@ from pivotjax.models.multimodal import templates
 from pivotjax.models.multimodal.family import Family
 from pivotjax.models.multimodal.network import MultimodalConfig
 from pivotjax.models.multimodal.templates import BUILT_IN, IMAGE, Message
-from pivotjax.models.processors import load_processor
+from pivotjax.models.processors import AnyProcessor
 
 Request = str | Sequence[Message]
 Picture = Image.Image | np.ndarray | str | Path
@@ -31,7 +30,7 @@ class Prompts:
     Fields:
         family, config: of the network.
         tokenizer: knows the image token.
-        processor: of images.
+        processor: of images; None: it takes none.
         template: the checkpoint's own chat template; None: it has none.
         special: special tokens by name, for templates.
         pad_token: id that shorter prompts are padded with.
@@ -41,7 +40,7 @@ class Prompts:
     family: Family
     config: MultimodalConfig
     tokenizer: Tokenizer
-    processor: Any
+    processor: AnyProcessor | None
     template: str | None
     special: Mapping[str, str]
     pad_token: int
@@ -67,9 +66,9 @@ class Prompts:
             InputError: the images do not fit the request, or there is no template.
         """
         several = not isinstance(request, str) and bool(request) and not isinstance(request[0], Mapping)
-        requests, pictures = (list(request), [list(one) for one in images]) if several else ([request], [list(images)])
-        if len(requests) != len(pictures):
-            raise InputError(f"{len(requests)} requests came with images of {len(pictures)}; give a list for each")
+        requests, pictures = (request, images) if several else ([request], [images])
+        if len(requests) != len(pictures) or not all(isinstance(own, list | tuple) for own in pictures):
+            raise InputError(f"images must be a list for each of the {len(requests)} requests")
         texts = [self.text(one, len(own), template, add_generation_prompt) for one, own in zip(requests, pictures)]
         counts = [text.count(IMAGE) for text in texts]
         if counts != [len(own) for own in pictures]:
@@ -115,21 +114,28 @@ class Prompts:
         return {"token_ids": ids, "attention_mask": mask}
 
 
-def load_prompts(folder: Path, family: Family, config: MultimodalConfig, pad_token: int) -> Prompts:
-    """From a model's folder: tokenizer.json, tokenizer_config.json, preprocessor_config.json, the chat template."""
+def load_prompts(
+    folder: Path,
+    family: Family,
+    config: MultimodalConfig,
+    pad_token: int,
+    load_images: Callable[[], AnyProcessor],
+) -> Prompts:
+    """From a model's folder: tokenizer.json, tokenizer_config.json, the chat template; images by `load_images`."""
     special = _special_tokens(folder)
     tokenizer = read_tokenizer(folder)
-    if tokenizer.token_to_id(IMAGE) is None:
-        tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-    if tokenizer.token_to_id(IMAGE) != config.image_token:
-        raise InputError(f"{folder}: {IMAGE} has the id {tokenizer.token_to_id(IMAGE)} in tokenizer.json and "
-                         f"{config.image_token} in config.json; get the folder again")
+    if config.image_token is not None:
+        if tokenizer.token_to_id(IMAGE) is None:  # the LLaVA repository's layout has none
+            tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+        if tokenizer.token_to_id(IMAGE) != config.image_token:
+            raise InputError(f"{folder}: {IMAGE} has the id {tokenizer.token_to_id(IMAGE)} in tokenizer.json and "
+                             f"{config.image_token} in config.json; get the folder again")
     pad = tokenizer.token_to_id(special.get("pad_token", ""))
     return Prompts(
         family=family,
         config=config,
         tokenizer=tokenizer,
-        processor=load_processor(folder),
+        processor=load_images() if config.image_token is not None else None,
         template=templates.of_folder(folder),
         special=special,
         pad_token=pad_token if pad is None else pad,

@@ -8,7 +8,7 @@ from pivotjax.models.multimodal.network import MultimodalConfig
 from pivotjax.models.multimodal.parts import language_part, vision_part
 from pivotjax.models.settings import Settings
 
-TOWERS = ("clip_vision_model", "siglip_vision_model")
+TOWERS = {"clip_vision_model": "clip_vision_model", "siglip_vision_model": "siglip_vision_model"}
 DEFAULTS = {
     "image_token_index": 32000,
     "projector_hidden_act": "gelu",
@@ -28,20 +28,17 @@ def config(fields: Mapping[str, Any], where: str) -> MultimodalConfig:
 
 def joined_config(settings: Settings, tied: bool, **parts: Any) -> MultimodalConfig:
     """The config from fields that LLaVA and LLaVA-NeXT share."""
-    vision_type, tower = vision_part(settings, *TOWERS)
-    language_type, decoder = language_part(settings, tied)
+    tower = vision_part(settings, TOWERS)
     drop_first = settings.one_of("vision_feature_select_strategy", "default", "full") == "default"
     settings.one_of("projector_hidden_act", "gelu")
     token = "image_token_index" if settings.get("image_token_id") is None else "image_token_id"
     return MultimodalConfig(
-        vision_type=vision_type,
-        vision=tower,
-        language_type=language_type,
-        language=decoder,
+        **language_part(settings, tied),
+        **tower,
+        image_token=settings.size(token),
+        depths=_depths(settings, tower["vision"].num_layers),
         connector=settings.get("mm_projector_type"),
         connector_bias=settings.flag("multimodal_projector_bias"),
-        depths=_depths(settings, tower.num_layers),
-        image_token=settings.size(token),
         drop_first=drop_first,
         **parts,
     )
