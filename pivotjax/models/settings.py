@@ -6,6 +6,7 @@ from typing import Any
 from pivotjax.errors import InputError
 
 _LARGEST_SIZE, _LARGEST_NUMBER = 1 << 24, 1e15  # no model comes near, and nothing made from them overflows
+_SHOWN = 60  # characters of a value in an error
 
 
 class Settings:
@@ -69,11 +70,14 @@ class Settings:
 
     def unsupported(self, name: str, hint: str) -> InputError:
         """The error for a field whose value asks for what is not there."""
-        return InputError(f"{self.where}: {name} {self.get(name)!r} is not supported ({hint}); choose another model")
+        return InputError(f"{self.where}: {name} {self._shown(name)} is not supported ({hint}); choose another model")
 
     def _wrong(self, name: str, wanted: str) -> InputError:
         if self.get(name) is None:
             return InputError(f"{self.where} has no field {name!r}; get the model's config.json again")
-        shown = repr(self.get(name))
-        shown = shown if len(shown) < 60 else f"{shown[:60]}..."
-        return InputError(f"{self.where}: {name} is {shown}, not {wanted}; get the model's config.json again")
+        found = self._shown(name)
+        return InputError(f"{self.where}: {name} is {found}, not {wanted}; get the model's config.json again")
+
+    def _shown(self, name: str) -> str:
+        text = repr(self.get(name))
+        return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

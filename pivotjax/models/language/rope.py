@@ -112,6 +112,9 @@ def _fields(settings: Settings) -> Settings:
     But for the trained length: there transformers prefers the outer one.
     """
     given = settings.part("rope_scaling" if settings.get("rope_scaling") else "rope_parameters")
+    for name, value in given.fields.items():
+        if isinstance(value, Mapping):  # a kind of layer with an embedding of its own
+            raise given.unsupported(name, "all layers need the same fields")
     fields = {
         "rope_type": given.get("type") or "default",
         "original_max_position_embeddings": settings.get("max_position_embeddings"),
