@@ -201,7 +201,7 @@ def test_help_names_every_option(command, capsys, monkeypatch):
         cli.main([command, "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code in (0, None)
-    positional = {"--image", "--prompt", "--checkpoint"} if command in ("generate", "inspect") else set()
+    positional = {"--image", "--images", "--prompt", "--checkpoint"} if command in ("generate", "inspect") else set()
     missing = [option for option in options(COMMANDS[command]) if option not in shown and option not in positional]
     assert not missing, shown
 

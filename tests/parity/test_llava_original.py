@@ -54,18 +54,18 @@ def language_key(key):
     return "language_model.lm_head.weight" if key == "lm_head.weight" else key
 
 
-def save_original(folder, model, *, tower=True, **fields):
+def save_original(folder, model, *, tower=True, rows=ROWS, **fields):
     """What the LLaVA repository would have saved: without the rows of the image and padding tokens."""
     held = {original_key(language_key(key)): value for key, value in tensors_of(model).items()}
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
-        held[key] = np.ascontiguousarray(held[key][:ROWS])
+        held[key] = np.ascontiguousarray(held[key][:rows])
     if not tower:
         held = {key: value for key, value in held.items() if "vision_tower" not in key}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(held, folder / "model.safetensors")
     kind = {"llama": "llava_llama", "mistral": "llava_mistral"}[model.config.text_config.model_type]
     text = {key: value for key, value in model.config.text_config.to_dict().items() if key != "architectures"}
-    settings = text | {"model_type": kind, "vocab_size": ROWS} | MM | fields
+    settings = text | {"model_type": kind, "vocab_size": rows} | MM | fields
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
 

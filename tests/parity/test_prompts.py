@@ -2,88 +2,10 @@
 
 import numpy as np
 import pytest
-import transformers as hf
-from PIL import Image
-from tiny_whole import build
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from tiny_prompts import CASES, asked, pictures, save
 
 from pivotjax.errors import InputError
 from pivotjax.models.multimodal import load_model
-
-GRIDS = [[18, 36], [36, 18], [36, 36], [54, 18]]
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] | upper }}: {% for part in m['content'] %}"
-    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-
-
-def tokenizer_of():
-    """Bytes and special tokens; a text begins with `<s>`."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tags = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
-    around = ["<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
-    special = ["<s>", "</s>", "<pad>", "<image>", *around, *tags]
-    tokenizer.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in special])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-    )
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
-    )
-
-
-def llava(tower, strategy, tokenizer):
-    sizes = {"clip": (CLIPImageProcessorPil, dict(size={"shortest_edge": 18}, crop_size={"height": 18, "width": 18})),
-             "siglip": (SiglipImageProcessorPil, dict(size={"height": 18, "width": 18}))}  # fmt: skip
-    kind, options = sizes[tower]
-    return hf.LlavaProcessor(
-        kind(**options), tokenizer, patch_size=4, vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=1 if tower == "clip" else 0, chat_template=TEMPLATE,
-    )  # fmt: skip
-
-
-def llava_next(tower, strategy, tokenizer):
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 18}, crop_size={"height": 18, "width": 18}, image_grid_pinpoints=GRIDS
-    )
-    return hf.LlavaNextProcessor(
-        images, tokenizer, patch_size=4, vision_feature_select_strategy=strategy, num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )  # fmt: skip
-
-
-def idefics3(split, scale, tokenizer):
-    images = Idefics3ImageProcessorPil(
-        size={"longest_edge": 48}, max_image_size={"longest_edge": 16}, do_image_splitting=split
-    )
-    return hf.Idefics3Processor(images, tokenizer, image_seq_len=(16 // 4 // scale) ** 2, chat_template=TEMPLATE)
-
-
-CASES = {
-    "llava clip": (llava, ("clip", "default"), dict(family="llava", tower="clip")),
-    "llava clip, class token": (llava, ("clip", "full"), dict(
-        family="llava", tower="clip", vision_feature_select_strategy="full")),
-    "llava siglip": (llava, ("siglip", "full"), dict(family="llava", tower="siglip")),
-    "llava_next": (llava_next, ("clip", "default"), dict(family="llava_next", tower="clip")),
-    "idefics3": (idefics3, (True, 2), dict(family="idefics3", tower="idefics3")),
-    "idefics3, whole images": (idefics3, (False, 1), dict(family="idefics3", tower="idefics3", scale_factor=1)),
-}  # fmt: skip
-
-
-def pictures(*sizes):
-    random = np.random.default_rng(0)
-    return [Image.fromarray(random.integers(0, 256, (h, w, 3), np.uint8)) for w, h in sizes]
-
-
-def asked(question, images=1):
-    return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +15,8 @@ def folders(tmp_path_factory):
 
     def of(name):
         if name not in made:
-            make, arguments, parts = CASES[name]
-            tokenizer, folder = tokenizer_of(), tmp_path_factory.mktemp("prompts")
-            model = build(text="llama", image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-                          of_text=dict(vocab_size=len(tokenizer)), **parts)  # fmt: skip
-            processor = make(*arguments, tokenizer)
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            made[name] = model, processor, folder
+            folder = tmp_path_factory.mktemp("prompts")
+            made[name] = *save(folder, name), folder
         return made[name]
 
     return of

@@ -1,7 +1,6 @@
 """Whole multimodal models: a registry of families, and a loader for all that `pivotjax convert` reads."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,10 @@ from pivotjax.models.multimodal.network import Multimodal, MultimodalConfig
 from pivotjax.models.multimodal.prompts import load_prompts
 from pivotjax.models.processors import AnyProcessor, AnyResolutionProcessor, Processor, load_processor
 
-__all__ = ["FAMILIES", "Family", "Model", "Multimodal", "MultimodalConfig", "abstract", "family_of", "load_model"]
+__all__ = [
+    "FAMILIES", "Family", "Model", "Multimodal", "MultimodalConfig", "abstract", "family_of", "is_model",
+    "load_model",
+]  # fmt: skip
 
 # Keyed by config.json's `model_type`.
 FAMILIES: dict[str, Family] = {
@@ -66,6 +68,11 @@ def load_model(
     with open_checkpoint(folder) as tensors:
         params = names.load(tensors, family.names(config), shapes, where=str(folder), shardings=place(shapes))
     return _model(folder, settings, family, config, graphdef, params, partial(load_processor, folder))
+
+
+def is_model(path: str | Path) -> bool:
+    """Whether `load_model` would read this: a folder that describes a whole model."""
+    return (Path(path) / "config.json").is_file()
 
 
 def family_of(settings: Mapping[str, Any], where: str) -> Family:
@@ -150,8 +157,9 @@ def _original_images(tower: Path, settings: Mapping, config: MultimodalConfig) -
     if not isinstance(found, Processor):
         raise InputError(f"{tower}: its image processor is not the one of a CLIP or SigLIP; get the folder again")
     if config.grids:
-        return AnyResolutionProcessor(found, config.grids)
-    return replace(found, pad_square=settings.get("image_aspect_ratio") == "pad")
+        size = config.vision.image_size
+        return AnyResolutionProcessor(found, (size, size), size, config.grids)
+    return found.padded() if settings.get("image_aspect_ratio") == "pad" else found
 
 
 def _model(folder, settings, family, config, graphdef, params, load_images) -> Model:
