@@ -26,7 +26,7 @@ SHAPES = [
     (2, 3000),
 ]
 MEAN = {"image_mean": [0.1, 0.5, 0.9], "image_std": [0.2, 0.3, 0.4]}
-PINPOINTS = [[64, 128], [128, 64], [128, 128], [192, 64], [64, 192]]
+PINPOINTS = [[128, 128], [192, 64], [64, 128], [128, 64], [64, 192]]  # the largest first
 
 # (class without its suffix, fields)
 SINGLE = [

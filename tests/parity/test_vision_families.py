@@ -275,6 +275,34 @@ def test_encoder_gives_the_chosen_layer(saved, name, layer, select):
     assert encoder.normalise == Normalisation(1 / 255, (0.4, 0.5, 0.6), encoder.normalise.std)
 
 
+def test_encoder_of_naflex(saved):
+    """Its images are the squares whose patches are the table of positions."""
+    model = saved(lambda: transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**NAFLEX)))
+    processor = transformers.Siglip2ImageProcessorPil(patch_size=6, max_num_patches=16)
+    processor.save_pretrained(model.folder)
+    encoder = load_encoder(model.folder)
+    pictures = np.random.default_rng(1).integers(0, 256, (3, 24, 24, 3), np.uint8)
+    inputs = processor(list(pictures), return_tensors="pt")
+    with torch.no_grad():
+        states = model.tower(*inputs.values(), output_hidden_states=True).hidden_states
+    assert inputs["spatial_shapes"].tolist() == [[4, 4]] * 3
+    assert_close(encode(encoder, pictures), states[-2])
+
+
+def test_weights_in_a_torch_file(saved):
+    """OpenAI's ViT-L/14-336 has no safetensors on the hub."""
+    model = saved(clip)
+    folder = with_processor(model)
+    pictures = np.random.default_rng(1).integers(0, 256, (2, 24, 24, 3), np.uint8)
+    before = load_encoder(folder)
+    expected = encode(before, pictures)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    after = load_encoder(folder)
+    np.testing.assert_array_equal(encode(after, pictures), expected)
+    assert after.identity != before.identity
+
+
 def test_spatial_reduction_is_part_of_the_features(saved):
     folder = with_processor(saved(siglip))
     pictures = np.random.default_rng(1).integers(0, 256, (2, 24, 24, 3), np.uint8)

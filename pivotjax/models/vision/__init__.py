@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, UInt8
 
 from pivotjax.checkpoints import names
 from pivotjax.checkpoints.pickles import read_state_dict
-from pivotjax.checkpoints.safetensors_io import SafetensorsFolder
+from pivotjax.checkpoints.tensors import open_checkpoint
 from pivotjax.errors import InputError
 from pivotjax.files import read_json, sha256
 from pivotjax.models import connectors
@@ -140,10 +140,11 @@ def _load_folder(path: Path, chosen: Features) -> Encoder:
     tokens = config.num_patches + (chosen.select_features == "cls_patch")
     count = connectors.num_tokens(chosen.kind, tokens)
 
-    normalise, tensors = load_processor(path).normalise, SafetensorsFolder(path)
+    normalise = load_processor(path).normalise
     graphdef, shapes = abstract(FAMILIES[kind], config)
-    params = names.load(tensors, FAMILIES[kind].names(config), shapes, where=str(path))
-    identity = _digest(*map(sha256, tensors.files), config, chosen, normalise)
+    with open_checkpoint(path) as tensors:
+        params = names.load(tensors, FAMILIES[kind].names(config), shapes, where=str(path))
+        identity = _digest(*tensors.digests().values(), config, chosen, normalise)
     dim = connectors.width(chosen.kind, config.dim)
     return Encoder(path.name, graphdef, params, config.image_size, count, dim, identity, chosen, normalise)
 
