@@ -118,6 +118,18 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]  # ours
 
 
+    @property
+    def given(self) -> tuple[int, ...]:
+        """The shape that the checkpoint's one tensor has; ValueError if there are several."""
+        if self.transform.inverse is None or len(self.keys) != 1:
+            raise ValueError(f"{self.path} cannot be written back")
+        if self.transform is identity:
+            return self.shape
+        if self.transform is transposed:
+            return self.shape[::-1]
+        return self.transform.inverse(np.broadcast_to(np.int8(0), self.shape)).shape
+
+
 class Leaf(NamedTuple):
     """One leaf of a network's tree: one entry, or one for each index of its leading axis."""
 
@@ -239,14 +251,29 @@ def load(
 
 def converted(entry: Entry, tensors: Sequence[np.ndarray], dtype: Any, where: str) -> np.ndarray:
     """Our parameter from the checkpoint's tensors, checked; `dtype` None: as they are."""
+    empty = next((key for key, tensor in zip(entry.keys, tensors) if not tensor.size), None)
+    if empty and 0 not in entry.shape:
+        raise is_empty(empty, where)
     found = entry.transform.forward(*tensors)
     if found.shape != entry.shape:
         raise InputError(f"{where}: {entry.keys[0]} gives {entry.path} shape {list(found.shape)}; the model's config "
                          f"needs {list(entry.shape)}")
-    found = found if dtype is None else found.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # what is too large for the dtype becomes infinite, which is told
+        found = found if dtype is None else found.astype(dtype, copy=False)
     if not finite(found):
-        raise InputError(f"{where}: {entry.keys[0]} holds values that are not finite; get the file again")
+        raise not_finite(entry.keys[0], where)
     return found
+
+
+def not_finite(name: str, where: str) -> InputError:
+    """The error for a tensor with NaN or infinity."""
+    return InputError(f"{where}: {name} holds values that are not finite; get the file again")
+
+
+def is_empty(name: str, where: str) -> InputError:
+    """The error for a tensor without values."""
+    return InputError(f"{where}: {name} is empty, as DeepSpeed's ZeRO-3 leaves parameters that were not gathered; save "
+                      "with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on its checkpoint")
 
 
 def finite(array: np.ndarray) -> bool:

@@ -112,7 +112,7 @@ def open_input(path: Path, factors: bool = False) -> Input:
     if not path.exists():
         raise InputError(f"no checkpoint at {path}; give a projector checkpoint, a safetensors file, a model's folder "
                          "or mm_projector.bin (nothing is downloaded)")
-    weights = _weights(path)
+    weights = weights_of(path)
     if weights is None:
         return Input(path, None, store.load_projector(path))
     checkpoint = tensors.open_checkpoint(weights)
@@ -121,7 +121,7 @@ def open_input(path: Path, factors: bool = False) -> Input:
     return Input(path, checkpoint, _projector(weights, checkpoint))
 
 
-def _weights(path: Path) -> Path | None:
+def weights_of(path: Path) -> Path | None:
     """The file or folder with the tensors; None for an Orbax checkpoint."""
     if not path.is_dir():
         return path

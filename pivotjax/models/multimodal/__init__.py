@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Sharding
 
-from pivotjax.checkpoints import names
+from pivotjax.checkpoints import model_store, names
 from pivotjax.checkpoints.names import Names
 from pivotjax.checkpoints.tensors import open_checkpoint
 from pivotjax.errors import InputError
@@ -47,7 +47,7 @@ def load_model(
     """A whole model: LLaVA, LLaVA-NeXT, Idefics3, SmolVLM; also a language model alone.
 
     Args:
-        path: a Hugging Face folder, or a checkpoint of the LLaVA repository.
+        path: a Hugging Face folder, a checkpoint of the LLaVA repository, or an Orbax checkpoint of a model.
         dtype: of the weights and the arithmetic.
         shardings: `shardings("language/layers/q/kernel", leaf)` says where a leaf goes, tensor by tensor as it is read;
             None: the default device.
@@ -57,9 +57,10 @@ def load_model(
     Raises:
         InputError: nothing there, damaged, or of an architecture that is not supported.
     """
-    folder = Path(path)
+    folder, place = Path(path), partial(_placed, shardings)
+    if model_store.is_model(folder):
+        return _load_orbax(folder, dtype, place)
     settings = _settings(folder)
-    place = partial(_placed, shardings)
     if llava_original.is_original(settings):
         return _load_original(folder, settings, dtype, place, vision)
     family = family_of(settings, str(folder))
@@ -72,7 +73,7 @@ def load_model(
 
 def is_model(path: str | Path) -> bool:
     """Whether `load_model` would read this: a folder that describes a whole model."""
-    return (Path(path) / "config.json").is_file()
+    return (Path(path) / "config.json").is_file() or model_store.is_model(Path(path))
 
 
 def family_of(settings: Mapping[str, Any], where: str) -> Family:
@@ -106,6 +107,17 @@ def _placed(shardings: Callable | None, shapes: Any) -> Any:
     if shardings is None:
         return None
     return jax.tree_util.tree_map_with_path(lambda path, leaf: shardings(names.path_name(path), leaf), shapes)
+
+
+def _load_orbax(folder: Path, dtype, place: Callable) -> Model:
+    with model_store.open_model(folder) as tensors:
+        family = family_of(tensors.settings, str(folder))
+        config = family.config(tensors.settings, str(folder))
+        graphdef, shapes = abstract(family, config, dtype)
+        table = family.names(config).ours()
+        params = names.load(tensors, table, shapes, where=str(folder), shardings=place(shapes))
+    load_images = partial(load_processor, tensors.folder)
+    return _model(tensors.folder, tensors.settings, family, config, graphdef, params, load_images)
 
 
 def _load_original(folder: Path, settings: Mapping, dtype, place: Callable, vision: str | Path | None) -> Model:
