@@ -33,6 +33,13 @@ def within(folder: Path, name: str) -> Path:
     return path
 
 
+def check_links(folder: Path) -> None:
+    """InputError if a link in a downloaded folder leads out of it."""
+    for path in folder.iterdir():
+        if path.is_symlink():
+            within(folder, path.name)
+
+
 def output_folder(path: Path) -> Path:
     """Makes `path` a folder that can be written to; InputError says why where it cannot."""
     try:
@@ -92,7 +99,7 @@ def read_json(path: Path):
         return json.loads(Path(path).read_text())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); write it again") from error
 
 

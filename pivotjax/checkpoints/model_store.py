@@ -1,11 +1,12 @@
 """Whole models, language models and vision towers as Orbax checkpoints, read and written a few tensors at a time.
 
 A checkpoint is an Orbax v1 pytree of NumPy arrays named by our paths, layers apart (`language/layers/3/q/kernel`), with
-custom metadata `{"format": 1, "kind": "model", "family": ..., "config": config.json, ...}`. Small files of the model
-(tokenizer, image processor, templates) lie in its folder `files`.
+custom metadata `{"format": 1, "kind": "model", "family": ..., "config": config.json, "crc32": of each, ...}`. Small
+files of the model (tokenizer, image processor, templates) lie in its folder `files`.
 """
 
 import threading
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,17 @@ class OrbaxModel(Checkpoint):
 
     def __init__(self, path: Path | epath.Path):
         self.path, self.folder = path, path / FILES
-        if isinstance(path, Path) and not store.complete(path):
-            raise store.damaged(path)
+        if isinstance(path, Path):
+            _check_links(path)
+            if not store.complete(path):
+                raise store.damaged(path)
         try:
             metadata = ocp.metadata(_absolute(path))
             flat, _ = jax.tree.flatten_with_path(metadata.metadata, is_leaf=lambda node: hasattr(node, "shape"))
             self._parts = {"/".join(part.key for part in keys): tuple(part.key for part in keys) for keys, _ in flat}
             self.specs = {name: Spec(np.dtype(leaf.dtype), leaf.shape) for name, (_, leaf) in zip(self._parts, flat)}
             self.info, self.settings = metadata.custom_metadata, metadata.custom_metadata["config"]
+            self._crc32 = dict(self.info["crc32"])
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
             raise store.damaged(path) from error
         # Layers of one leaf lie together: they are read together where they are stacked.
@@ -81,7 +85,11 @@ class OrbaxModel(Checkpoint):
                 loaded = ocp.load(_absolute(self.path), wanted)
         except Exception as error:
             raise store.damaged(self.path) from error
-        return {name: _below(loaded, self._parts[name][:-1])[self._parts[name][-1]] for name in names}
+        found = {name: _below(loaded, self._parts[name][:-1])[self._parts[name][-1]] for name in names}
+        for name, tensor in found.items():
+            if _crc32(tensor) != self._crc32.get(name):
+                raise InputError(f"{self.path}: the bytes of {name} are damaged (CRC-32); save or copy it again")
+        return found
 
     @property
     def files(self) -> dict[str, tuple[str, ...]]:
@@ -96,6 +104,17 @@ class OrbaxModel(Checkpoint):
 
     def close(self) -> None:
         self._ready.clear()
+
+
+def _crc32(tensor: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+
+
+def _check_links(path: Path) -> None:
+    home = path.resolve()
+    for file in path.rglob("*"):
+        if file.is_symlink() and not file.resolve().is_relative_to(home):
+            raise InputError(f"{file} is a link out of its folder; copy the file itself there if it is meant")
 
 
 def _numbers(name: str) -> list[int]:
@@ -134,12 +153,14 @@ class OrbaxWriter:
     def __init__(self, path: Path | epath.Path, info: Mapping[str, Any]):
         self._path, self._info = _absolute(path), {"format": FORMAT, "kind": "model"} | dict(info)
         self._tree: dict[str, Any] = {}
+        self._crc32: dict[str, int] = {}
         self._held, self._saving = 0, None
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         """One tensor, which must not be changed any more."""
         *above, last = name.split("/")
         _below(self._tree, above)[last] = tensor
+        self._crc32[name] = _crc32(tensor)
         self._held += tensor.nbytes
         if self._held >= _WRITTEN:
             self._save()
@@ -153,8 +174,9 @@ class OrbaxWriter:
         saving.enable_post_merge_validation = False
         context.memory.deepcopy_host_arrays = False
         with store.disk_errors(self._path), context:
-            self._saving = ocp.partial.save_async(self._path, self._tree, custom_metadata=self._info)
-        self._tree, self._held = {}, 0
+            about = self._info | {"crc32": self._crc32}  # Orbax joins those of all parts
+            self._saving = ocp.partial.save_async(self._path, self._tree, custom_metadata=about)
+        self._tree, self._crc32, self._held = {}, {}, 0
 
     def _wait(self) -> None:
         if self._saving is not None:

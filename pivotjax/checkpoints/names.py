@@ -258,15 +258,22 @@ def converted(entry: Entry, tensors: Sequence[np.ndarray], dtype: Any, where: st
     if found.shape != entry.shape:
         raise InputError(f"{where}: {entry.keys[0]} gives {entry.path} shape {list(found.shape)}; the model's config "
                          f"needs {list(entry.shape)}")
-    with np.errstate(over="ignore"):  # what is too large for the dtype becomes infinite, which is told
-        found = found if dtype is None else found.astype(dtype, copy=False)
-    if not finite(found):
-        raise not_finite(entry.keys[0], where)
-    return found
+    cast = found if dtype is None else as_dtype(found, dtype)
+    if not finite(cast):
+        raise not_finite(entry.keys[0], where, dtype if finite(found) else None)
+    return cast
 
 
-def not_finite(name: str, where: str) -> InputError:
-    """The error for a tensor with NaN or infinity."""
+def as_dtype(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A cast in which what is too large becomes infinite, silently."""
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, copy=False)
+
+
+def not_finite(name: str, where: str, cast: Any = None) -> InputError:
+    """The error for a tensor with NaN or infinity, in itself or after a cast."""
+    if cast is not None:
+        return InputError(f"{where}: {name} holds values that are too large for {np.dtype(cast)}; choose another dtype")
     return InputError(f"{where}: {name} holds values that are not finite; get the file again")
 
 

@@ -35,9 +35,14 @@ def save_projector(path: Path, params: projector.Params, info: dict[str, Any]) -
         note_sizes(temporary)
 
 
+def is_orbax(path: Path) -> bool:
+    """Whether a folder is an Orbax checkpoint, of whatever."""
+    return (path / _METADATA).exists()
+
+
 def custom_metadata(path: Path) -> dict[str, Any]:
     """What a checkpoint says about itself beside its arrays; empty where there is no Orbax checkpoint."""
-    if not (path / _METADATA).exists():
+    if not is_orbax(path):
         return {}
     try:
         return ocp.metadata(path.absolute() if isinstance(path, Path) else path).custom_metadata or {}

@@ -16,7 +16,7 @@ from pivotjax import __version__, files
 from pivotjax import config as configs
 from pivotjax.checkpoints import folders, hub, model_store, names, pickles, store, torch_bridge
 from pivotjax.checkpoints.moving import Step, Writer, in_order, move
-from pivotjax.checkpoints.names import Entry
+from pivotjax.checkpoints.names import Entry, Transform
 from pivotjax.checkpoints.tensors import ShardedWriter, Spec, sharded
 from pivotjax.errors import InputError
 from pivotjax.jobs import model_source, small_files
@@ -122,17 +122,17 @@ def _write_projector(config: ConvertConfig, out: Path, params: projector.Params,
         store.save_projector(out, params, info)
         return
     file = out if suffix else out / f"mm_projector.{'bin' if config.bin else 'safetensors'}"
+    tensor_names = info.get("tensor_names")
     if file.suffix == ".bin":
-        pickles.write_state_dict(file, torch_bridge.to_torch(params, info.get("tensor_names")))
+        pickles.write_state_dict(file, torch_bridge.to_torch(params, tensor_names))
     else:
-        torch_bridge.save_torch(file, params, info, info.get("tensor_names"))
+        torch_bridge.save_torch(file, params, info, tensor_names)
 
 
 def _cast(array: np.ndarray, dtype: str | None) -> np.ndarray:
     if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
         return array
-    with np.errstate(over="ignore"):  # what overflows is not finite, which is told
-        return array.astype(_DTYPES[dtype], copy=False)
+    return names.as_dtype(array, _DTYPES[dtype])
 
 
 def _projector_in(source: Source) -> projector.Params:
@@ -186,16 +186,31 @@ def _assembled(config: ConvertConfig, path: Path, found: store.Projector) -> Sou
     if tower.layout.parts != ("vision",) or text.layout.parts != ("language",):
         raise InputError("--vision must be the folder of a CLIP or SigLIP, and --language that of a language model")
     rows = text.layout.config.language.vocab_size
-    image_token = llava_original.image_token_of(rows, model_source.vocabulary(config.language))
+    image_token = llava_original.image_token_of(rows, model_source.vocabulary(text.folders[0]))
     settings = _joined_settings(text.layout, tower.layout, found, image_token)
     whole = model_source.with_image_token(settings, image_token, str(path))
-    table = text.layout.names.ours() if text.format == "orbax" else text.layout.names
-    grown = llava_original.resized(table, whole.config.language.vocab_size, rows)
-    entries = model_source.entries(grown, {"language": whole.tree["language"]})
-    held = {at: one._replace(transform=entries[at].transform, shape=entries[at].shape) for at, one in text.held.items()}
+    held = _with_rows(text, whole)
     held |= model_source.fitting(tower, "vision", whole)
     held |= model_source.fitting(model_source.of_projector(path, found.params), "projector", whole)
-    return Source(path, "hf", whole, held, (config.language, Path(config.vision)), lacks_files=True)
+    return Source(path, "hf", whole, held, (*text.folders[:1], *tower.folders[:1]), lacks_files=True)
+
+
+def _with_rows(text: Source, whole: Layout) -> dict[str, Held]:
+    """A language model's parameters with as many rows of the vocabulary as the whole model has."""
+    ours, theirs = whole.config.language.vocab_size, text.layout.config.language.vocab_size
+    if ours == theirs:
+        return dict(text.held)
+    tree = {"language": whole.tree["language"]}
+    plain = model_source.entries(text.layout.names, tree)
+    grown = model_source.entries(llava_original.resized(text.layout.names, ours, theirs), tree)
+
+    def one(path: str, held: Held) -> Held:
+        if grown[path].transform is plain[path].transform:
+            return held
+        read, back, there = held.transform.forward, plain[path].transform.inverse, grown[path].transform.forward
+        return held._replace(shape=grown[path].shape, transform=Transform(lambda *t: there(back(read(*t))), None))
+
+    return {path: one(path, held) for path, held in text.held.items()}
 
 
 def _joined_settings(text: Layout, tower: Layout, found: store.Projector, image_token: int) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _model(path: Path) -> dict[str, Any]:
     try:
         source = model_source.open_source(path, images_only=True)
     except InputError as error:
-        if store.custom_metadata(path):
+        if store.is_orbax(path):
             raise
         settings = files.read_json(path / folders.CONFIG)
         family = settings.get("model_type") if isinstance(settings, Mapping) else None

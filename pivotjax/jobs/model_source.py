@@ -38,8 +38,8 @@ def kind_of(path: Path) -> Kind:
     if path.is_file():
         with tensors.open_checkpoint(path) as checkpoint:
             return _kind_of_file(checkpoint)
-    if said := store.custom_metadata(path):
-        return "model" if said.get("kind") == "model" else "projector"
+    if store.is_orbax(path):
+        return "model" if model_store.is_model(path) else "projector"
     if not isinstance(path, Path):
         raise InputError(f"{path} is no Orbax checkpoint, and nothing else is read from a bucket; copy it here first")
     if (path / lora.CONFIG).exists() or (path / lora.WEIGHTS).exists():
@@ -175,11 +175,12 @@ def open_source(path: Path, tower: Path | None = None, images_only: bool = False
     Raises:
         InputError: it is not whole, of an unknown family, or its tensors do not match its config.
     """
-    if store.custom_metadata(path).get("kind") == "model":
+    if model_store.is_model(path):
         model = model_store.open_model(path)
         found = layout(model.settings, str(path))
         held = _held(model, found.names.ours(), found.tree, str(path))
         return Source(path, "orbax", found, held, (model.folder,), model.info.get("original"))
+    files.check_links(path)
     settings, where = _settings(path), str(path / folders.CONFIG)
     if isinstance(settings, Mapping) and llava_original.is_original(settings):
         return _open_original(path, settings, tower)
@@ -192,7 +193,7 @@ def open_source(path: Path, tower: Path | None = None, images_only: bool = False
 def _settings(folder: Path) -> Any:
     if not (folder / folders.CONFIG).is_file():
         raise InputError(f"{folder} has no {folders.CONFIG}; give the folder of a model")
-    return files.read_json(files.within(folder, folders.CONFIG))
+    return files.read_json(folder / folders.CONFIG)
 
 
 def _held(checkpoint: Checkpoint, table: Names, tree: Any, where: str) -> dict[str, Held]:
@@ -257,6 +258,7 @@ def _tower_folder(path: Path, settings: Mapping[str, Any], tower: Path | None) -
         raise InputError(f"{path} names its vision tower {named!r}, which is no folder here; give it by --vision")
     if not tower.is_dir():
         raise InputError(f"there is no vision tower at {tower}; give the folder of a CLIP or SigLIP")
+    files.check_links(tower)
     return tower
 
 
@@ -267,11 +269,8 @@ def with_image_token(settings: Mapping[str, Any], image_token: int, where: str) 
 
 
 def vocabulary(folder: Path) -> dict[str, int]:
-    """Tokens and their ids, as far as a `tokenizer.json` tells them."""
-    if not (folder / "tokenizer.json").is_file():
-        return {}
-    files.within(folder, "tokenizer.json")
-    return language.read_tokenizer(folder).get_vocab()
+    """Tokens and their ids; empty where there is no tokenizer."""
+    return language.read_tokenizer(folder).get_vocab() if language.has_tokenizer(folder) else {}
 
 
 def fitting(source: Source, part: str, whole: Layout) -> dict[str, Held]:
@@ -314,7 +313,10 @@ def of_projector(path: Path, params: projector.Params) -> Source:
 
 
 def read_projector(path: Path) -> store.Projector:
-    """A projector in any format; InputError if it is something else."""
+    """A projector in any format; InputError if it is something else.
+
+    Its info says what its tensors are called ("tensor_names") where that is not what we call them.
+    """
     if not path.exists():
         raise InputError(f"no projector at {path}; give an Orbax checkpoint, a .safetensors or a .bin file")
     found = merge_inputs.open_input(path)
@@ -322,7 +324,11 @@ def read_projector(path: Path) -> store.Projector:
         found.checkpoint.close()
     if found.projector is None:
         raise InputError(f"{path} is no projector alone; --part projector takes one out of a model")
-    return found.projector
+    params, info = found.projector
+    usual = torch_bridge.to_torch(params)
+    if found.checkpoint is None or found.checkpoint.keys() == usual.keys():
+        return found.projector
+    return store.Projector(params, info | {"tensor_names": list(found.checkpoint)})
 
 
 def whole_config(source: Source) -> MultimodalConfig:

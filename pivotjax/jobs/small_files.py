@@ -7,6 +7,7 @@ from typing import Any
 from pivotjax import files
 from pivotjax.checkpoints import folders
 from pivotjax.jobs.model_source import Source
+from pivotjax.models import language
 from pivotjax.models.processors import FILE as PROCESSOR
 from pivotjax.models.processors import WHOLE_FILE as WHOLE_PROCESSOR
 from pivotjax.progress import say
@@ -42,9 +43,11 @@ def write(source: Source, folder: Path) -> None:
 
 
 def _add_image_token(folder: Path, number: int) -> None:
-    if not (folder / _TOKENIZER).is_file():
-        say(f"note: there is no {_TOKENIZER}; the token {_IMAGE} (id {number}) has to be added to the tokenizer")
+    if not language.has_tokenizer(folder):
+        say(f"note: there is no tokenizer; copy the language model's here, and add the token {_IMAGE} (id {number})")
         return
+    if not (folder / _TOKENIZER).is_file():  # a SentencePiece model, to which nothing can be added
+        language.read_tokenizer(folder).save(str(folder / _TOKENIZER))
     tokenizer = files.read_json(folder / _TOKENIZER)
     added = {"content": _IMAGE, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
              "special": True}  # fmt: skip
