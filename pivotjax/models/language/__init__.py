@@ -15,14 +15,14 @@ from pivotjax.checkpoints.gguf import GGUF
 from pivotjax.checkpoints.safetensors_io import SafetensorsFolder
 from pivotjax.errors import InputError
 from pivotjax.files import read_json, sha256
-from pivotjax.models.language import llama, mistral, phi3, qwen2, qwen3
+from pivotjax.models.language import llama, mistral, phi3, qwen2, qwen3, sentencepiece
 from pivotjax.models.language.decoder import Cache, Decoder, DecoderConfig
 from pivotjax.models.language.family import Family
 from pivotjax.models.settings import Settings
 
 __all__ = [
     "FAMILIES", "GGUF_FAMILIES", "Cache", "Decoder", "DecoderConfig", "Family", "Language", "abstract", "family_of",
-    "load_language", "load_weights", "read_tokenizer",
+    "has_tokenizer", "load_language", "load_weights", "read_tokenizer",
 ]  # fmt: skip
 
 
@@ -106,9 +106,16 @@ def _load_folder(path: Path, dtype) -> Language:
     return Language(path.name, config, graphdef, params, read_tokenizer(path), _eos_id(settings), identity)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `read_tokenizer` finds one."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", sentencepiece.FILE))
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The fast tokenizer of a model's folder; InputError if there is none."""
+    """The tokenizer of a model's folder: tokenizer.json, or Llama's tokenizer.model; InputError if there is neither."""
     file = folder / "tokenizer.json"
+    if not file.is_file() and (folder / sentencepiece.FILE).is_file():
+        return sentencepiece.read(folder / sentencepiece.FILE)
     if not file.is_file():
         raise InputError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
     try:

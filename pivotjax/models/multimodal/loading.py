@@ -94,7 +94,7 @@ def _load_original(folder: Path, settings: Mapping, dtype, place: Callable, visi
     """The LLaVA repository's layout, whose vision tower (or at least its config) lies in a folder of its own."""
     where, tower = str(folder / "config.json"), _tower_folder(folder, settings, vision)
     tower_settings = _settings(tower)
-    vocabulary = language.read_tokenizer(folder).get_vocab() if (folder / "tokenizer.json").is_file() else {}
+    vocabulary = language.read_tokenizer(folder).get_vocab() if language.has_tokenizer(folder) else {}
     fields = llava_original.hugging_face_settings(
         settings,
         llava_original.tower_settings(tower_settings, str(tower / "config.json")),
