@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
 from pivotjax.errors import InputError
 
 
@@ -96,7 +98,7 @@ def write_json(path: Path, value) -> None:
 def read_json(path: Path):
     """Reads JSON; InputError where the file is missing or broken."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(epath.Path(path).read_text())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

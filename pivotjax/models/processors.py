@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
@@ -349,7 +350,7 @@ def load_processor(folder: Path) -> AnyProcessor:
 
     InputError if there is none, or one that is not supported.
     """
-    whole, own = Path(folder) / WHOLE_FILE, Path(folder) / FILE
+    whole, own = epath.Path(folder) / WHOLE_FILE, epath.Path(folder) / FILE
     settings = read_json(whole).get("image_processor") if whole.is_file() else None
     if settings:
         return read_processor(settings, str(whole))

@@ -10,7 +10,8 @@ from test_pretrain_towers import items, make_language, make_tower
 import pivotjax
 from pivotjax.checkpoints import store
 from pivotjax.data.sources import SOURCES, Source
-from pivotjax.jobs import merge, pretrain
+from pivotjax.jobs import assemble, merge, pretrain
+from pivotjax.models.vision import encode
 
 pytestmark = pytest.mark.slow
 
@@ -32,9 +33,11 @@ def world(tmp_path_factory):
         }  # fmt: skip
         pretrain.main(_arguments(options))
     recipe = folder / "merge.yaml"
-    models = "".join(f"  - model: {folder / 'run' / 'projectors' / name}\n" for name in ("plain", "simple"))
-    recipe.write_text(f"models:\n{models}merge_method: task_arithmetic\nbase_model: {folder / 'run' / 'projectors' / 'w0'}\n"
-                      f"out: {folder / 'merged'}\n")  # fmt: skip
+    trained = folder / "run" / "projectors"
+    models = "".join(f"  - model: {trained / name}\n" for name in ("plain", "simple"))
+    recipe.write_text(
+        f"models:\n{models}merge_method: task_arithmetic\nbase_model: {trained / 'w0'}\nout: {folder / 'merged'}\n"
+    )
     merge.main([str(recipe)])
     return folder
 
@@ -95,3 +98,23 @@ def test_the_same_model_in_every_format(world, command, tmp_path, to):
     said = command("generate", picture, "a", *options)
     again = command("generate", picture, "a", "--model", tmp_path / to, *options[2:], "--vision", world / "tower")
     assert (said.status, said.out) == (again.status, again.out) and said.out.strip()
+
+
+def test_the_parts_of_a_whole_model_are_trained_between_and_put_back(world, command, tmp_path):
+    whole, parts = tmp_path / "whole", ["--vision", world / "tower", "--language", world / "language"]
+    assert command("convert", world / "run" / "projectors" / "w0", whole, "--to", "hf", *parts).status == 0
+    for part in ("vision", "language"):
+        assert command("convert", whole, tmp_path / part, "--part", part, "--to", "hf").status == 0
+    model = assemble.ModelConfig(str(tmp_path / "vision"), str(tmp_path / "language"))
+    same = assemble.ModelConfig(str(world / "tower"), str(world / "language"))
+    taken, first = (assemble.load_frozen(one, "a", 4, world / "cache") for one in (model, same))
+    picture = np.random.default_rng(0).integers(0, 256, (1, 18, 18, 3), np.uint8)
+    assert (encode(taken.encoder, picture) == encode(first.encoder, picture)).all()
+    rows = first.language.config.vocab_size
+    assert (taken.language.params["embedding"][:rows] == first.language.params["embedding"]).all()
+    new = world / "merged" / "projector"
+    assert command("convert", whole, tmp_path / "new", "--projector", new, "--to", "hf").status == 0
+    ours = pivotjax.load_model(whole)
+    ours.params["projector"] = store.load_projector(new).params
+    inputs, _ = inputs_of(ours)
+    assert (ours.logits(**inputs) == pivotjax.load_model(tmp_path / "new").logits(**inputs)).all()

@@ -1,15 +1,19 @@
 """`pivotjax generate` with whole models (with projectors: tests/jobs/test_demo.py)."""
 
+import shutil
+
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from test_llava_original import save_original, save_tower
 from tiny_prompts import CASES, asked, save, tokenizer_of
 from tiny_whole import build
 
 import pivotjax
+from pivotjax.checkpoints import hub
 from pivotjax.errors import InputError
-from pivotjax.jobs import generate
+from pivotjax.jobs import convert, generate
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,31 @@ def test_a_checkpoint_of_the_llava_repository(files, tmp_path, capsys):
     inputs = ours.prepare([Image.open(files[0])], "what?", "vicuna_v1")
     assert (inputs["token_ids"] == words).sum() == 16 and ours.prompts.processor.square is not None
     assert capsys.readouterr().out == ours.decode(ours.generate(**inputs, max_new=8))[0] + "\n"
+
+
+def test_an_orbax_checkpoint_here_and_in_a_bucket(files, saved, tmp_path, capsys, monkeypatch):
+    """`gs://` is another kind of path for the same code; here it is a local one of that kind."""
+    path_of = hub.path_of
+    monkeypatch.setattr(
+        hub, "path_of",
+        lambda where: epath.Path(tmp_path / where[5:]) if where.startswith("gs://") else path_of(where),
+    )  # fmt: skip
+    folder = saved("llava_next")[2]
+    convert.main([str(folder), str(tmp_path / "here")])
+    convert.main([str(folder), "gs://there"])
+    capsys.readouterr()
+    said = []
+    for model in (folder, tmp_path / "here", "gs://there"):
+        generate.main([str(files[0]), "what?", "--model", str(model), "--max-new", "10"])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] and said[0].strip()
+
+
+def test_another_family_s_image_processor(files, saved, tmp_path):
+    folder = shutil.copytree(saved("llava_next")[2], tmp_path / "model")
+    saved("llava clip")[1].save_pretrained(folder)
+    with pytest.raises(InputError, match="image processor is not one of its family"):
+        generate.main([str(files[0]), "what?", "--model", str(folder)])
 
 
 def test_what_a_projector_does_not_take(files, tmp_path):

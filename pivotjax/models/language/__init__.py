@@ -119,7 +119,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if not file.is_file():
         raise InputError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_str(file.read_text())
     except Exception as error:  # the package raises plain Exception
         raise InputError(f"{file} is not a tokenizer ({error}); save the model's fast tokenizer there") from error
 

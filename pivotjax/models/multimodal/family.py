@@ -39,6 +39,7 @@ class Family:
         process: `process(processor, samples)`: the arrays that `arrange` takes of the pictures of each prompt, and what
             `placeholder` has to know about each picture, in their order.
         placeholder: `placeholder(config, **known)`: what stands in the prompt's text for one picture.
+        processor: of its images.
         inputs: the arrays beside `pixel_values`.
         module: the network, `module(config, dtype=, rngs=)`.
     """
@@ -48,5 +49,6 @@ class Family:
     arrange: Callable[..., Images]
     process: Callable[[Any, Sequence[Sequence[Picture]]], tuple[dict[str, np.ndarray], list[dict[str, Any]]]]
     placeholder: Callable[..., str]
+    processor: type | None = None
     inputs: tuple[str, ...] = ()
     module: Callable[..., nnx.Module] = Multimodal

@@ -11,6 +11,7 @@ Source: https://github.com/haotian-liu/LLaVA, `llava/model`, and transformers' `
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,21 @@ def hugging_face_settings(settings: Fields, vision_config: Fields, image_token: 
     if tiled:  # the LLaVA repository gives width before height
         made["image_grid_pinpoints"] = [[h, w] for w, h in settings["image_grid_pinpoints"]]
     return made | {key: settings[key] for key in ("torch_dtype", "dtype") if key in settings}
+
+
+def tower_folder(path: Path, settings: Fields, given: Path | None) -> Path:
+    """Where the vision tower of the checkpoint at `path` lies: where it was `given`, else where `mm_vision_tower` says.
+
+    InputError if that is no folder.
+    """
+    named = settings.get("mm_vision_tower") or ""
+    if given is None and named and (path / named).is_dir():  # absolute, or beside the checkpoint's files
+        return path / named
+    if given is None:
+        raise InputError(f"{path} names its vision tower {named!r}, which is no folder here; give it (--vision)")
+    if not given.is_dir():
+        raise InputError(f"there is no vision tower at {given}; give the folder of a CLIP or SigLIP")
+    return given
 
 
 def tower_settings(fields: Fields, where: str) -> dict[str, Any]:

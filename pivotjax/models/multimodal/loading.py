@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from pivotjax.checkpoints import folders, hub, model_store, names
 from pivotjax.checkpoints.tensors import open_checkpoint
 from pivotjax.errors import InputError
-from pivotjax.files import read_json, within
+from pivotjax.files import check_links, read_json
 from pivotjax.models import language
 from pivotjax.models import vision as towers
 from pivotjax.models.multimodal import llava_original
@@ -66,7 +66,8 @@ def is_model(path: Path | epath.Path) -> bool:
 def _settings(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"there is no model at {folder}; give the folder of a whole model")
-    file = within(folder, folders.CONFIG)
+    check_links(folder)
+    file = folder / folders.CONFIG
     found = read_json(file)
     if not isinstance(found, dict):
         raise InputError(f"{file} is not a mapping of fields; get the model's config.json again")
@@ -92,7 +93,8 @@ def _load_orbax(folder: Path | epath.Path, dtype, place: Callable) -> Model:
 
 def _load_original(folder: Path, settings: Mapping, dtype, place: Callable, vision: str | Path | None) -> Model:
     """The LLaVA repository's layout, whose vision tower (or at least its config) lies in a folder of its own."""
-    where, tower = str(folder / "config.json"), _tower_folder(folder, settings, vision)
+    where, given = str(folder / "config.json"), None if vision is None else hub.located(str(vision))
+    tower = llava_original.tower_folder(folder, settings, given)
     tower_settings = _settings(tower)
     vocabulary = language.read_tokenizer(folder).get_vocab() if language.has_tokenizer(folder) else {}
     fields = llava_original.hugging_face_settings(
@@ -115,16 +117,6 @@ def _load_original(folder: Path, settings: Mapping, dtype, place: Callable, visi
     return _model(folder, settings, family, config, graphdef, params, load_images)
 
 
-def _tower_folder(folder: Path, settings: Mapping, vision: str | Path | None) -> Path:
-    """`vision`, else what `mm_vision_tower` names, where that is a folder."""
-    named = settings.get("mm_vision_tower") or settings.get("vision_tower") or ""
-    if vision is not None:
-        return hub.located(str(vision))
-    if named and (folder / named).is_dir():  # absolute, or beside the checkpoint's files
-        return folder / named
-    raise InputError(f"{folder} does not hold its vision tower {named!r}; give the tower's folder (`vision`)")
-
-
 def _load_tower(folder: Path, settings: Mapping, config: MultimodalConfig, shapes: dict, place: Callable) -> dict:
     table = towers.FAMILIES[settings["model_type"]].names(config.vision).within("vision", "")
     nested = {"vision": shapes}
@@ -136,7 +128,7 @@ def _original_images(tower: Path, settings: Mapping, config: MultimodalConfig) -
     """The tower's processor; around it, what LLaVA does to an image first (`image_aspect_ratio`)."""
     found = load_processor(tower)
     if not isinstance(found, Processor):
-        raise InputError(f"{tower}: its image processor is not the one of a CLIP or SigLIP; get the folder again")
+        return found
     if config.grids:
         size = config.vision.image_size
         return AnyResolutionProcessor(found, (size, size), size, config.grids)

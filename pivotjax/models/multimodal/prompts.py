@@ -130,12 +130,16 @@ def load_prompts(
         if tokenizer.token_to_id(IMAGE) != config.image_token:
             raise InputError(f"{folder}: {IMAGE} has the id {tokenizer.token_to_id(IMAGE)} in tokenizer.json and "
                              f"{config.image_token} in config.json; get the folder again")
+    processor = None if family.processor is None else load_images()
+    if processor is not None and not isinstance(processor, family.processor):
+        raise InputError(f"{folder}: its image processor is not one of its family (preprocessor_config.json); get it "
+                         "from where the model came from")
     pad = tokenizer.token_to_id(special.get("pad_token", ""))
     return Prompts(
         family=family,
         config=config,
         tokenizer=tokenizer,
-        processor=load_images() if config.image_token is not None else None,
+        processor=processor,
         template=templates.of_folder(folder),
         special=special,
         pad_token=pad_token if pad is None else pad,

@@ -4,5 +4,6 @@ from pivotjax.models.multimodal.family import Family
 from pivotjax.models.multimodal.llava.config import config
 from pivotjax.models.multimodal.llava.images import arrange, placeholder, process
 from pivotjax.models.multimodal.llava.names import names
+from pivotjax.models.processors import Processor
 
-FAMILY = Family(config, names, arrange, process, placeholder)
+FAMILY = Family(config, names, arrange, process, placeholder, Processor)
