@@ -1,8 +1,12 @@
 """Whole models against transformers: tiny random ones, saved by transformers and loaded here."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -305,6 +309,42 @@ def test_bfloat16_and_chosen_places(pair, tmp_path):
     real = inputs["attention_mask"].astype(bool)
     wide, found = np.asarray(ours.logits(**inputs))[real], np.asarray(narrow.logits(**inputs))[real]
     assert found.dtype == np.float32 and 0 < np.abs(wide - found).mean() < 0.05 * np.abs(wide).max()
+
+
+SPREAD = """
+import sys
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import pivotjax
+
+inputs = dict(np.load(sys.argv[2]))
+mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+
+def place(name, leaf):
+    wide = name.startswith("language/layers") and name.endswith("kernel")
+    return NamedSharding(mesh, P(None, None, "fsdp") if wide else P())
+
+model = pivotjax.load_model(sys.argv[1], shardings=place)
+assert len(model.params["language"]["layers"]["q"]["kernel"].addressable_shards) == 4
+np.savez(sys.argv[3], logits=model.logits(**inputs), answer=model.generate(**inputs, max_new=8))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_spread_over_devices_says_the_same(pair, tmp_path):
+    model, ours = pair("llava llama clip")
+    model.save_pretrained(tmp_path)
+    inputs = inputs_for(model)
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": path}
+    command = [sys.executable, "-c", SPREAD, tmp_path, tmp_path / "inputs.npz", tmp_path / "found.npz"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    found = np.load(tmp_path / "found.npz")
+    expected = np.asarray(ours.logits(**inputs))
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+    assert (found["answer"] == np.asarray(ours.generate(**inputs, max_new=8))).all()
 
 
 def test_sampling_and_stop_tokens(pair):

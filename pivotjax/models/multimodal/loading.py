@@ -36,8 +36,8 @@ def load_model(
         path: a Hugging Face folder, a checkpoint of the LLaVA repository, or an Orbax checkpoint of a model; also
             `hf://OWNER/NAME`, which is downloaded, and `gs://BUCKET/PATH` of an Orbax checkpoint.
         dtype: of the weights and the arithmetic.
-        shardings: `shardings("language/layers/q/kernel", leaf)` says where a leaf goes, tensor by tensor as it is read;
-            None: the default device.
+        shardings: `shardings("language/layers/q/kernel", leaf)` says where a leaf goes, tensor by tensor as it is read
+            (the axes of its mesh are of type Auto); None: the default device.
         vision: folder of the vision tower, where a checkpoint of the LLaVA repository does not have it inside and the
             path that its config.json names is not there.
 
