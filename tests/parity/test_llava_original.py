@@ -183,6 +183,20 @@ def test_settings_go_there_and_back(family):
     assert again == original
 
 
+def test_fields_that_older_versions_of_transformers_read():
+    rope = dict(rope_type="linear", factor=2.0, rope_theta=5e5)
+    model = build("llava", "llama", "clip", of_text=dict(rope_parameters=rope, pad_token_id=IMAGE + 1))
+    there = json.loads(model.config.to_json_string()) | {"dtype": "bfloat16"}
+    original = original_settings(there, "tower", ROWS, "here")
+    assert "pad_token_id" not in original  # its row is not there
+    assert original["torch_dtype"] == "bfloat16" and original["rope_theta"] == 5e5
+    assert original["rope_scaling"]["type"] == "linear" and original["rope_scaling"]["factor"] == 2.0
+    without = {key: value for key, value in original.items() if key != "rope_parameters"}
+    configs = [FAMILIES["llava"].config(hugging_face_settings(one, there["vision_config"], IMAGE, "here"), "here")
+               for one in (original, without)]  # fmt: skip
+    assert configs[0].language.rope == configs[1].language.rope and configs[0].language.rope.divisors
+
+
 def test_names_cover_every_tensor_of_both(llava):
     config = FAMILIES["llava"].config(llava.config.to_dict(), "here")
     _, shapes = abstract(FAMILIES["llava"], config, np.float32)

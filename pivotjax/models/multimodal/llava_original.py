@@ -162,7 +162,9 @@ def original_settings(settings: Fields, vision_tower: str, rows: int, where: str
             raise InputError(f"{where}: the LLaVA repository's layout has no way to say {what}; keep transformers' one")
     model_type, architecture = _ARCHITECTURES[text.get("model_type", "llama")]
     kept = {k: v for k, v in text.items() if k not in ("architectures", "_name_or_path")}
-    made = kept | {
+    if (kept.get("pad_token_id") or 0) >= rows:  # of a row that is dropped
+        del kept["pad_token_id"]
+    made = kept | _older_fields(settings, text) | {
         "model_type": model_type,
         "architectures": [architecture],
         "vocab_size": rows,
@@ -179,7 +181,20 @@ def original_settings(settings: Fields, vision_tower: str, rows: int, where: str
     if settings["model_type"] == "llava_next":
         made |= {"mm_patch_merge_type": _TILED, "image_aspect_ratio": "anyres",
                  "image_grid_pinpoints": [[w, h] for h, w in settings["image_grid_pinpoints"]]}  # fmt: skip
-    return made | {key: settings[key] for key in ("torch_dtype", "dtype") if key in settings}
+    return made
+
+
+def _older_fields(settings: Fields, text: Fields) -> dict[str, Any]:
+    """What transformers 5 says in other fields than version 4, with which the LLaVA repository works."""
+    made: dict[str, Any] = {}
+    dtype = settings.get("torch_dtype") or settings.get("dtype")
+    if dtype is not None:
+        made["torch_dtype"] = dtype
+    if rope := text.get("rope_parameters"):
+        made["rope_theta"] = rope.get("rope_theta", 10000.0)
+        if rope.get("rope_type", "default") != "default":
+            made["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} | {"type": rope["rope_type"]}
+    return made
 
 
 def names(config: MultimodalConfig, tower: bool = True) -> Names:
