@@ -21,6 +21,7 @@ import yaml
 from pivotjax.errors import InputError
 
 C = TypeVar("C")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}  # bytes
 
 
 def parse(cls: type[C], args: Sequence[str], prog: str) -> C:
@@ -157,6 +158,15 @@ def _dataclass(kind: Any, value: Any, where: str, key: str) -> Any:
         return kind(**given)
     except InputError as error:  # of a check in `__post_init__`, which knows neither file nor section
         raise InputError(f"{where}: {prefix}{error}") from error
+
+
+def size(text: str) -> int:
+    """`256MB`, `1.5 GiB` -> bytes."""
+    found = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", str(text).strip())
+    try:
+        return round(float(found[1]) * _UNITS[found[2].upper()])
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{text!r} is no size; write 256MB or 1.5GB") from error
 
 
 def check_least(config: Any, **least: float) -> None:

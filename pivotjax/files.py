@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
 from pivotjax.errors import InputError
 
 
@@ -16,6 +18,28 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def within(folder: Path, name: str) -> Path:
+    """A file of a downloaded folder, by its name; InputError if that would lead out of the folder.
+
+    Links are followed inside the folder, and in a cache of the Hugging Face hub inside the repository's own folder
+    (`models--OWNER--NAME/snapshots/REVISION/FILE` is a link to `models--OWNER--NAME/blobs/HASH`).
+    """
+    if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+        raise InputError(f"{folder} names the file {name!r}, which is not inside it; get the model again")
+    path, home = folder / name, folder.resolve()
+    root = home.parent.parent if home.parent.name == "snapshots" else home
+    if not path.resolve().is_relative_to(root):
+        raise InputError(f"{path} is a link out of its folder; copy the file itself there if it is meant")
+    return path
+
+
+def check_links(folder: Path) -> None:
+    """InputError if a link in a downloaded folder leads out of it."""
+    for path in folder.iterdir():
+        if path.is_symlink():
+            within(folder, path.name)
 
 
 def output_folder(path: Path) -> Path:
@@ -74,10 +98,10 @@ def write_json(path: Path, value) -> None:
 def read_json(path: Path):
     """Reads JSON; InputError where the file is missing or broken."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(epath.Path(path).read_text())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); write it again") from error
 
 

@@ -13,6 +13,7 @@ from pivotjax import cli
 from pivotjax import config as configs
 from pivotjax.errors import InputError
 from pivotjax.jobs import merge
+from pivotjax.jobs.convert import ConvertConfig
 from pivotjax.jobs.demo import DemoConfig
 from pivotjax.jobs.evaluate import EvaluateConfig
 from pivotjax.jobs.generate import GenerateConfig
@@ -178,6 +179,7 @@ COMMANDS = {
     "sweep": SweepConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+    "convert": ConvertConfig,
     "inspect": InspectConfig,
     "methods": MethodsConfig,
 }
@@ -201,7 +203,8 @@ def test_help_names_every_option(command, capsys, monkeypatch):
         cli.main([command, "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code in (0, None)
-    positional = {"--image", "--prompt", "--checkpoint"} if command in ("generate", "inspect") else set()
+    positional = {"generate": ("--image", "--images", "--prompt"), "inspect": ("--checkpoint",),
+                  "convert": ("--src", "--dst")}.get(command, ())  # fmt: skip
     missing = [option for option in options(COMMANDS[command]) if option not in shown and option not in positional]
     assert not missing, shown
 

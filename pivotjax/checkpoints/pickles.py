@@ -1,10 +1,12 @@
-"""Reads torch `.pth` files (state dicts) as NumPy arrays without torch and without running anything a pickle names.
+"""Torch's `.bin` and `.pth` files (state dicts) as NumPy arrays, without torch and without running what a pickle names.
 
-Both layouts of `torch.save` are read: the zip archive (`data.pkl` and `data/<key>` files) and the older stream of
-pickles followed by the storages. The unpickler knows tensors, storages and OrderedDict; any other global is refused
-before it is looked up, so nothing can be imported or called.
+Both layouts of `torch.save` are read: the zip archive (`data.pkl` and `data/<key>` members, stored as they are, so that
+a tensor's bytes can be found in the file) and the older stream of pickles followed by the storages. The unpickler knows
+tensors, storages and OrderedDict; any other global is refused before it is looked up, so nothing can be imported or
+called. The archive is also written.
 """
 
+import contextlib
 import io
 import math
 import pickle
@@ -12,17 +14,20 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from pivotjax import files
 from pivotjax.errors import InputError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_LOCAL_HEADER = 30  # bytes of a zip member's own header before its name
+_ALIGNMENT = 64  # of a storage in an archive, as torch aligns it
 _DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
@@ -48,6 +53,17 @@ class _StorageType(NamedTuple):
     dtype: np.dtype
 
 
+class Stored(NamedTuple):
+    """Where a tensor lies in a file: `strides` (in elements) over the bytes `[begin, end)`."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    begin: int
+    end: int
+    crc: int | None  # of these bytes, where the archive knows it
+
+
 class _Storage:
     """A flat array that is known now and filled when its bytes have been found."""
 
@@ -63,20 +79,27 @@ class _Tensor(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def numpy(self) -> np.ndarray:
-        size = self.storage.array.size
-        reach = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides)) + 1
+    def reach(self) -> int:
+        """The end of what it covers of its storage; ValueError if that is not inside."""
         if min((self.offset, *self.shape, *self.strides)) < 0 or len(self.shape) != len(self.strides):
             raise ValueError("a tensor has a negative size or too few strides")
         if 0 in self.shape:
-            return np.zeros(self.shape, self.storage.dtype)
-        if reach > size or math.prod(self.shape) > size:
+            return self.offset
+        reach = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides)) + 1
+        if reach > self.storage.count or math.prod(self.shape) > self.storage.count:
             raise ValueError("a tensor reaches outside its storage")
-        item = self.storage.dtype.itemsize
-        view = np.lib.stride_tricks.as_strided(
-            self.storage.array[self.offset :], self.shape, [s * item for s in self.strides], writeable=False
-        )
-        return view.copy()
+        return reach
+
+    def numpy(self) -> np.ndarray:
+        reach = self.reach()
+        return strided(self.storage.array[self.offset : reach], self.shape, self.strides).copy()
+
+
+def strided(flat: np.ndarray, shape: Sequence[int], strides: Sequence[int]) -> np.ndarray:
+    """A view of a flat array; `strides` in elements."""
+    if 0 in shape:
+        return np.zeros(shape, flat.dtype)
+    return np.lib.stride_tricks.as_strided(flat, shape, [s * flat.itemsize for s in strides], writeable=False)
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_rest) -> _Tensor:
@@ -128,37 +151,105 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     InputError if the file is missing, truncated, or its pickle names anything but tensors, storages and OrderedDict.
     """
     path = Path(path)
-    try:
+    with _damage(path):
         data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    try:
         tree = _read_zip(data, path) if data[:4] == b"PK\x03\x04" else _read_legacy(data, path)
-        return dict(_flatten(tree, ""))
+        return {name: tensor.numpy() for name, tensor in _flat(tree).items()}
+
+
+def find_tensors(path: Path) -> dict[str, Stored] | None:
+    """Where the tensors of a `.bin` file lie, by name; None for the older layout and for big-endian files.
+
+    InputError as for `read_state_dict`.
+    """
+    with _damage(path), open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return None
+        with zipfile.ZipFile(file) as archive:
+            root, big, tree, storages = _open_zip(archive, path)
+            if big:
+                return None
+            members = {key: archive.getinfo(f"{root}data/{key}") for key in storages}
+            starts = {key: _start(file, member) for key, member in members.items()}
+        _check_disjoint(starts, members, path.stat().st_size)
+        for key, storage in storages.items():
+            if members[key].compress_type != zipfile.ZIP_STORED:
+                raise ValueError("its members are compressed, as torch.save never does it")
+            storage.array = key  # its place, instead of its values
+            _check_size(members[key].file_size, storage)
+        return {name: _stored(tensor, starts, members) for name, tensor in _flat(tree).items()}
+
+
+def _stored(tensor: _Tensor, starts: Mapping[str, int], members: Mapping[str, zipfile.ZipInfo]) -> Stored:
+    key, item = tensor.storage.array, tensor.storage.dtype.itemsize
+    begin, end = tensor.offset * item, tensor.reach() * item
+    crc = members[key].CRC if end - begin == members[key].file_size else None
+    return Stored(tensor.storage.dtype, tensor.shape, tensor.strides, starts[key] + begin, starts[key] + end, crc)
+
+
+def _start(file: io.BufferedIOBase, member: zipfile.ZipInfo) -> int:
+    """The first byte of a member's data; names and extra fields of its own header may differ from the directory's."""
+    file.seek(member.header_offset)
+    header = file.read(_LOCAL_HEADER)
+    signature, name, extra = struct.unpack("<4s22xHH", header)
+    if signature != b"PK\x03\x04":
+        raise ValueError(f"{member.filename} does not begin where its directory says")
+    return member.header_offset + _LOCAL_HEADER + name + extra
+
+
+def _check_disjoint(starts: Mapping[str, int], members: Mapping[str, zipfile.ZipInfo], size: int) -> None:
+    position = 0
+    for key in sorted(starts, key=starts.get):
+        if starts[key] < position or starts[key] + members[key].file_size > size:
+            raise ValueError(f"the bytes of {members[key].filename} overlap others or end outside the file")
+        position = starts[key] + members[key].file_size
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """What a broken file makes the standard library raise, as one line."""
+    try:
+        yield
     except InputError:
         raise
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     except _DAMAGE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is not a whole torch state dict ({reason}); get it again") from error
 
 
-def _flatten(tree, prefix: str):
+def _flat(tree) -> dict[str, _Tensor]:
+    found: dict[str, _Tensor] = {}
+    for name, tensor in _flatten(tree, ""):
+        if name in found:
+            raise ValueError(f"it holds {name!r} twice")
+        found[name] = tensor
+    return found
+
+
+def _flatten(tree, prefix: str) -> Iterator[tuple[str, _Tensor]]:
     if not isinstance(tree, Mapping):
         raise ValueError(f"{prefix or 'the top level'} is a {type(tree).__name__}, not a tensor or a dictionary")
     for name, value in tree.items():
         if isinstance(value, _Tensor):
-            yield f"{prefix}{name}", value.numpy()
+            yield f"{prefix}{name}", value
         else:
             yield from _flatten(value, f"{prefix}{name}.")
 
 
+def _open_zip(archive: zipfile.ZipFile, path: Path):
+    """The folder's name in an archive, whether numbers are big-endian, the pickled tree, its storages."""
+    root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+    big = f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") == b"big"
+    unpickler = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), path)
+    return root, big, unpickler.load(), unpickler.storages
+
+
 def _read_zip(data: bytes, path: Path):
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
-        big = f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") == b"big"
-        unpickler = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), path)
-        tree = unpickler.load()
-        for key, storage in unpickler.storages.items():
+        root, big, tree, storages = _open_zip(archive, path)
+        for key, storage in storages.items():
             storage.array = _array(archive.read(f"{root}data/{key}"), storage, little=not big)
     return tree
 
@@ -180,7 +271,66 @@ def _read_legacy(data: bytes, path: Path):
 
 
 def _array(raw: bytes, storage: _Storage, little: bool) -> np.ndarray:
-    if len(raw) != storage.count * storage.dtype.itemsize:
-        raise ValueError(f"a storage has {len(raw)} bytes instead of {storage.count} elements of {storage.dtype}")
+    _check_size(len(raw), storage)
     array = np.frombuffer(raw, storage.dtype)
     return array if little == (sys.byteorder == "little") else array.byteswap()
+
+
+def _check_size(size: int, storage: _Storage) -> None:
+    if size != storage.count * storage.dtype.itemsize:
+        raise ValueError(f"a storage has {size} bytes instead of {storage.count} elements of {storage.dtype}")
+
+
+def write_state_dict(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a dictionary of tensors as `torch.save` does, atomically; `torch.load(path, weights_only=True)` reads it.
+
+    ValueError for a dtype that torch's storages do not have.
+    """
+    held = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    root = path.stem
+    with files.atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        _put(archive, f"{root}/data.pkl", _pickled(held))
+        _put(archive, f"{root}/byteorder", b"little")
+        for key, tensor in enumerate(held.values()):
+            _put(archive, f"{root}/data/{key}", tensor.tobytes())
+        _put(archive, f"{root}/version", b"3\n")
+
+
+def _put(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    """One member, its data aligned by an extra field as torch writes it ("FB"), its date always the same."""
+    member = zipfile.ZipInfo(name)
+    before = archive.fp.tell() + _LOCAL_HEADER + len(name) + 4
+    room = -before % _ALIGNMENT
+    member.extra = b"FB" + struct.pack("<H", room) + b"Z" * room
+    archive.writestr(member, data)
+
+
+def _pickled(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """A pickle (protocol 2) of `{name: torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, {})}`, put
+    together from its opcodes because pickling a name needs the thing that it names."""
+    kinds = {dtype: name for name, dtype in _DTYPES.items()}
+
+    def text(value: str) -> bytes:
+        return pickle.BINUNICODE + struct.pack("<I", len(value.encode())) + value.encode()
+
+    def whole(value: int) -> bytes:
+        return pickle.LONG1 + bytes([8]) + struct.pack("<q", value)
+
+    def several(*parts: bytes) -> bytes:
+        return pickle.MARK + b"".join(parts) + pickle.TUPLE
+
+    def named(module: str, name: str) -> bytes:
+        return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+    out = [pickle.PROTO + b"\x02", pickle.EMPTY_DICT, pickle.MARK]
+    for key, (name, tensor) in enumerate(tensors.items()):
+        if tensor.dtype not in kinds:
+            raise ValueError(f"{name} is {tensor.dtype}, which torch's storages do not have")
+        storage = several(text("storage"), named("torch", kinds[tensor.dtype]), text(str(key)), text("cpu"),
+                          whole(tensor.size)) + pickle.BINPERSID  # fmt: skip
+        strides = [stride // tensor.itemsize for stride in tensor.strides]
+        empty = named("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+        view = several(storage, whole(0), several(*map(whole, tensor.shape)), several(*map(whole, strides)),
+                       pickle.NEWFALSE, empty)  # fmt: skip
+        out += [text(name), named("torch._utils", "_rebuild_tensor_v2"), view, pickle.REDUCE]
+    return b"".join([*out, pickle.SETITEMS, pickle.STOP])

@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from pivotjax.checkpoints.folders import weight_files
 from pivotjax.errors import InputError
-from pivotjax.files import read_json
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class SafetensorsFolder(Mapping[str, np.ndarray]):
@@ -17,7 +15,7 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.files = shard_files(self.folder)
+        self.files = weight_files(self.folder)[0]
         self._opened = [_open(file) for file in self.files]
         self._where = {name: file for file in self._opened for name in file.keys()}
 
@@ -29,22 +27,6 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._where)
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, in order; InputError if there are none or a shard is missing."""
-    index = folder / INDEX
-    if index.exists():
-        weight_map = read_json(index).get("weight_map") or {}
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        absent = [file.name for file in files if not file.is_file()]
-        if absent or not files:
-            named = ", ".join(absent) or "no shard at all"
-            raise InputError(f"{index} names shards that are not there ({named}); get the model again")
-        return files
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}; give a model folder in safetensors format")
 
 
 def _open(file: Path):

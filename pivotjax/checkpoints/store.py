@@ -13,6 +13,7 @@ from pivotjax.errors import InputError
 from pivotjax.models import projector
 
 FORMAT = 1
+_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file
 _SIZES = "sizes.json"  # of all other files of a checkpoint, in bytes
 
 
@@ -29,9 +30,24 @@ def save_projector(path: Path, params: projector.Params, info: dict[str, Any]) -
     `info` (JSON) travels in the checkpoint's metadata; `format` and the parameters' `fingerprint` are added.
     """
     info = {"format": FORMAT, "fingerprint": projector.fingerprint(params)} | info
-    with _disk_errors(path), files.atomic_path(path) as temporary:
+    with disk_errors(path), files.atomic_path(path) as temporary:
         ocp.save(temporary.absolute(), params, custom_metadata=info)
-        _note_sizes(temporary)
+        note_sizes(temporary)
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether a folder is an Orbax checkpoint, of whatever."""
+    return (path / _METADATA).exists()
+
+
+def custom_metadata(path: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself beside its arrays; empty where there is no Orbax checkpoint."""
+    if not is_orbax(path):
+        return {}
+    try:
+        return ocp.metadata(path.absolute() if isinstance(path, Path) else path).custom_metadata or {}
+    except Exception as error:
+        raise damaged(path) from error
 
 
 def projector_info(path: Path) -> dict[str, Any]:
@@ -47,21 +63,21 @@ def load_projector(path: Path) -> Projector:
     try:
         params = ocp.load(path.absolute(), abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-        raise _damaged(path) from error
+        raise damaged(path) from error
     if projector.fingerprint(params) != metadata.custom_metadata["fingerprint"]:
-        raise _damaged(path)
+        raise damaged(path)
     return Projector(params, metadata.custom_metadata)
 
 
 def _metadata(path: Path) -> Any:
     if not path.is_dir():
         raise InputError(f"no checkpoint at {path}; give the folder of a projector checkpoint")
-    if not _complete(path):
-        raise _damaged(path)
+    if not complete(path):
+        raise damaged(path)
     try:
         metadata = ocp.metadata(path.absolute())
     except Exception as error:
-        raise _damaged(path) from error
+        raise damaged(path) from error
     if "fingerprint" not in (metadata.custom_metadata or {}):
         raise InputError(f"{path} is not a projector checkpoint of pivotjax (its metadata names no fingerprint)")
     return metadata
@@ -71,11 +87,12 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def _note_sizes(folder: Path) -> None:
+def note_sizes(folder: Path) -> None:
+    """Notes the sizes of a checkpoint's files, so that `complete` can tell."""
     files.write_json(folder / _SIZES, _sizes(folder))
 
 
-def _complete(folder: Path) -> bool:
+def complete(folder: Path) -> bool:
     """False where a file is missing or truncated; asked before Orbax's threads stumble over it, each with a trace."""
     if not (folder / _SIZES).is_file():
         return True  # the process ended between the save and this note on it
@@ -86,12 +103,13 @@ def _complete(folder: Path) -> bool:
     return all(found.get(name) == size for name, size in saved.items())
 
 
-def _damaged(path: Path) -> InputError:
+def damaged(path: Path) -> InputError:
+    """The error for a checkpoint that cannot be read."""
     return InputError(f"{path} is not a whole Orbax checkpoint (truncated or damaged); save or copy it again")
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """A full disk is the user's to mend, and no bug."""
     try:
         yield
@@ -114,7 +132,7 @@ class TrainingCheckpoints:
         """Saves atomically; the oldest beyond `keep` are removed after."""
         self._checkpointer.save_checkpointables(step, {"state": state._asdict(), "data": batches})
         if jax.process_index() == 0:
-            _note_sizes(self._folder / str(step))
+            note_sizes(self._folder / str(step))
 
     def restore(self, state: Any, batches: Any) -> tuple[Any, Any]:
         """The newest checkpoint's state (in `state`'s shapes and shardings) and iterator; the arguments if none."""
@@ -123,7 +141,7 @@ class TrainingCheckpoints:
             return state, batches
         folder = self._folder / str(latest.step)
         broken = InputError(f"the training checkpoint {folder} cannot be read; remove it to go on from the one before")
-        if not _complete(folder):
+        if not complete(folder):
             raise broken
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state._asdict())
         try:
@@ -139,5 +157,5 @@ def training_checkpoints(folder: Path, keep: int) -> Iterator[TrainingCheckpoint
     files.output_folder(folder)
     policy = ocp.training.preservation_policies.LatestN(keep)
     opened = ocp.training.Checkpointer(folder.absolute(), preservation_policy=policy, cleanup_tmp_directories=True)
-    with _disk_errors(folder), opened as checkpointer:  # Orbax tells of a failed save once more when it is closed
+    with disk_errors(folder), opened as checkpointer:  # Orbax tells of a failed save once more when it is closed
         yield TrainingCheckpoints(checkpointer, folder)

@@ -1,16 +1,19 @@
 """Tensors on disk by name, in torch's layout: read one at a time, written one at a time, never whole in memory.
 
-Read: safetensors files, folders with `model.safetensors` or shards and their index, torch pickles (`.bin`, `.pt`,
-`.pth`; those are read whole). Written: safetensors, in one file or in shards with an index. A safetensors file is 8
-bytes (little-endian length of the header), a JSON header `{name: {dtype, shape, data_offsets}}`, and the tensors'
-bytes without gaps; headers are checked before a byte of data is believed.
+Read: safetensors files, torch pickles (`.bin`, `.pt`, `.pth`; of the older layout they are read whole), folders with
+one or with shards of either kind and their index. Written: safetensors, in one file or in shards with an index. A
+safetensors file is 8 bytes (little-endian length of the header), a JSON header `{name: {dtype, shape, data_offsets}}`,
+and the tensors' bytes without gaps; headers are checked before a byte of data is believed.
 """
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from pivotjax import files
-from pivotjax.checkpoints import pickles, safetensors_io
+from pivotjax.checkpoints import folders, pickles
 from pivotjax.errors import InputError
 
 DTYPES = {
@@ -47,15 +50,17 @@ class Spec(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a tensor's bytes lie."""
+    """Where a tensor's bytes lie; `strides` (in elements) where they are in another order than its values."""
 
     file: "_File"
     begin: int
     end: int
+    strides: tuple[int, ...] | None = None
+    crc: int | None = None
 
 
 class _File:
-    """An open file that hashes itself while it is read: what is read in order is hashed on the way."""
+    """An open file that hashes itself while it is read: what is read in order is hashed on the way, by a thread."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -65,6 +70,9 @@ class _File:
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
         self._sha, self._hashed = hashlib.sha256(), 0
+        self._hasher, self._hashing = ThreadPoolExecutor(1, "hash"), Future()
+        self._hashing.set_result(None)
+        self._order = threading.Lock()
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """Bytes `[begin, end)` as aligned uint8."""
@@ -80,23 +88,29 @@ class _File:
             if not got:
                 raise InputError(f"{self.path} became shorter while it was read; get it again")
             rest, position = rest[got:], position + got
-        if begin == self._hashed:
-            self._sha.update(data)
-            self._hashed = end
+        with self._order:
+            if begin == self._hashed:
+                self._hashing.result()  # one piece waits at most
+                self._hashing, self._hashed = self._hasher.submit(self._sha.update, data), end
         return data
 
     def sha256(self) -> str:
         """Of the whole file; what has not been read in order is read now."""
         while self._hashed < self.size:
             self.read(self._hashed, min(self._hashed + _BLOCK, self.size))
+        self._hashing.result()
         return self._sha.hexdigest()
 
     def close(self) -> None:
+        self._hasher.shutdown()
         self._handle.close()
 
 
-class Checkpoint:
-    """Tensors by name, from one or more files. A context manager; to be read by one thread at a time."""
+class Checkpoint(Mapping[str, np.ndarray]):
+    """Tensors by name, from one or more files; a mapping that reads when it is asked. A context manager.
+
+    Several threads may read. One that reads in the order of the bytes (`position`) has the files hashed on the way.
+    """
 
     def __init__(self, path: Path, specs: dict[str, Spec], places: dict[str, _Place], opened: list[_File]):
         self.path, self.specs = path, specs
@@ -118,7 +132,23 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """One tensor, in memory of its own, aligned for JAX."""
         place, (dtype, shape) = self._places[name], self.specs[name]
-        return place.file.read(place.begin, place.end).view(dtype).reshape(shape)
+        data = place.file.read(place.begin, place.end)
+        if place.crc is not None and zlib.crc32(data) != place.crc:
+            raise InputError(f"{place.file.path}: the bytes of {name!r} are damaged (CRC-32); get the file again")
+        if place.strides is None:
+            return data.view(dtype).reshape(shape)
+        return np.asarray(pickles.strided(data.view(dtype), shape, place.strides), order="C")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # an open file, not what is in it
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file."""
@@ -160,12 +190,12 @@ class Memory(Checkpoint):
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a file or folder of tensors; InputError if it is missing, truncated or lies about itself."""
     path = Path(path)
-    if path.suffix in PICKLES and path.is_file():
-        return Memory(path, pickles.read_state_dict(path), files.sha256(path))
     if path.is_dir():
-        return _open_files(path, safetensors_io.shard_files(path), _index(path))
+        return _open_files(path, *folders.weight_files(path))
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}; give a safetensors file, a model folder, or a torch .bin file")
+    if path.suffix in PICKLES and pickles.find_tensors(path) is None:
+        return Memory(path, pickles.read_state_dict(path), files.sha256(path))
     return _open_files(path, [path], None)
 
 
@@ -177,12 +207,12 @@ def _open_files(path: Path, shards: list[Path], index: Mapping[str, str] | None)
         for shard in shards:
             file = _File(shard)
             opened.append(file)
-            found, offsets = _header(file)
+            found, within = _pickled(file) if shard.suffix in PICKLES else _header(file)
             twice = next((name for name in found if name in specs), None)
             if twice:
                 raise InputError(f"{shard} and {places[twice].file.path} both hold {twice!r}; get the model again")
             specs |= found
-            places |= {name: _Place(file, *span) for name, span in offsets.items()}
+            places |= within
         _check_index(path, specs, places, index)
         return Checkpoint(path, specs, places, opened)
     except BaseException:
@@ -191,22 +221,37 @@ def _open_files(path: Path, shards: list[Path], index: Mapping[str, str] | None)
         raise
 
 
-def _index(folder: Path) -> Mapping[str, str] | None:
-    index = folder / safetensors_io.INDEX
-    return files.read_json(index).get("weight_map") if index.exists() else None
-
-
 def _check_index(
     path: Path, specs: Mapping[str, Spec], places: Mapping[str, _Place], index: Mapping[str, str] | None
 ) -> None:
     for name, shard in (index or {}).items():
         if name not in specs or places[name].file.path.name != shard:
-            raise InputError(f"{path}: {safetensors_io.INDEX} says that {shard} holds {name!r}, which it does not; "
-                             "get the model again")
+            raise InputError(f"{path}: the index says that {shard} holds {name!r}, which it does not; get the model "
+                             "again")
 
 
-def _header(file: _File) -> tuple[dict[str, Spec], dict[str, tuple[int, int]]]:
-    """Specs and byte spans in the file; every claim checked against the file's size and the others."""
+def _pickled(file: _File) -> tuple[dict[str, Spec], dict[str, _Place]]:
+    """Of a torch file, without its values."""
+    found = pickles.find_tensors(file.path)
+    if found is None:
+        raise InputError(f"{file.path} is a shard in the layout of torch before 1.6; save the model again")
+    specs = {name: Spec(one.dtype, one.shape) for name, one in found.items()}
+    places = {name: _Place(file, one.begin, one.end, _strides(one), one.crc) for name, one in found.items()}
+    return specs, places
+
+
+def _strides(stored: pickles.Stored) -> tuple[int, ...] | None:
+    """None where the values lie in their order."""
+    expected, size = [], 1
+    for length in reversed(stored.shape):
+        expected.insert(0, size)
+        size *= length
+    moved = any(n > 1 and s != e for n, s, e in zip(stored.shape, stored.strides, expected))
+    return stored.strides if moved or 0 in stored.shape else None
+
+
+def _header(file: _File) -> tuple[dict[str, Spec], dict[str, _Place]]:
+    """Of a safetensors file; every claim checked against the file's size and the others."""
 
     def broken(why: str) -> InputError:
         return InputError(f"{file.path} is not a whole safetensors file ({why}); get it again")
@@ -231,7 +276,7 @@ def _header(file: _File) -> tuple[dict[str, Spec], dict[str, tuple[int, int]]]:
     if position != file.size - start:
         raise broken(f"its tensors take {position} bytes, the file holds {file.size - start}")
     specs = {name: spec for name, (spec, _) in entries.items()}
-    return specs, {name: (start + begin, start + end) for name, (_, (begin, end)) in entries.items()}
+    return specs, {name: _Place(file, start + begin, start + end) for name, (_, (begin, end)) in entries.items()}
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -335,7 +380,7 @@ class ShardedWriter:
         if kind is None and len(self._shards) > 1:
             size = sum(spec.nbytes for specs in self._shards.values() for spec in specs.values())
             index = {"metadata": {"total_size": size}, "weight_map": self._where}
-            files.write_json(self._folder / safetensors_io.INDEX, index)
+            files.write_json(self._folder / folders.INDEX, index)
 
 
 def sharded(specs: Mapping[str, Spec], limit: int, stem: str = "model") -> dict[str, dict[str, Spec]]:

@@ -11,12 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from pivotjax import files
+from pivotjax.checkpoints.names import is_empty
 from pivotjax.errors import InputError
 from pivotjax.models import projector
 
 # LLaVA's nn.Sequential counts the activations between the linear layers, hence the even numbers.
 _KEY = re.compile(r"(?:model\.)?(?:mm_projector\.)?(?:(?P<index>\d+)\.)?(?P<leaf>weight|bias)")
 _PREFIX = "model.mm_projector."
+_RANKS = {"weight": 2, "bias": 1}
 
 
 def names_a_projector(names: Iterable[str]) -> bool:
@@ -25,7 +27,8 @@ def names_a_projector(names: Iterable[str]) -> bool:
     if not found or not all(found):
         return False
     held = {(int(one["index"] or 0), one["leaf"]) for one in found}
-    return held == {(2 * i, leaf) for i in range(len(found) // 2) for leaf in ("weight", "bias")}
+    leaves = {leaf for _, leaf in held}
+    return "weight" in leaves and held == {(2 * i, leaf) for i in range(len(found) // len(leaves)) for leaf in leaves}
 
 
 def to_torch(params: projector.Params, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -41,8 +44,8 @@ def to_torch(params: projector.Params, names: Iterable[str] | None = None) -> di
         return tensors
     for i in range(len(params)):
         stem = _PREFIX if len(params) == 1 else f"{_PREFIX}{2 * i}."
-        for leaf in ("weight", "bias"):
-            tensors[f"{stem}{leaf}"] = _torch_leaf(params[f"linear_{i}"], leaf)
+        layer = params[f"linear_{i}"]
+        tensors |= {f"{stem}{leaf}": _torch_leaf(layer, leaf) for leaf in ("weight", "bias")[: len(layer)]}
     return tensors
 
 
@@ -59,10 +62,15 @@ def from_torch(tensors: dict[str, np.ndarray], where: str) -> projector.Params:
             raise InputError(
                 f"{where}: {key!r} is no key of an `mm_projector`; expected model.mm_projector.{{0,2}}.{{weight,bias}}"
             )
+        if not value.size:
+            raise is_empty(key, where)
+        if value.ndim != _RANKS[found["leaf"]]:
+            raise InputError(f"{where}: {key} has shape {list(value.shape)}, as no linear layer's {found['leaf']} has")
         layer = params.setdefault(f"linear_{int(found['index'] or 0) // 2}", {})
         layer["kernel" if found["leaf"] == "weight" else "bias"] = value.T if found["leaf"] == "weight" else value
     names = [f"linear_{i}" for i in range(len(params))]
-    if not params or any(set(params.get(name, ())) != {"kernel", "bias"} for name in names):
+    leaves = [set(params.get(name, ())) for name in names]
+    if not leaves or leaves[0] not in ({"kernel", "bias"}, {"kernel"}) or any(one != leaves[0] for one in leaves):
         raise InputError(
             f"{where}: layers {sorted(params)} are not a whole projector (weight and bias of each of 0, 2, ...)"
         )

@@ -12,6 +12,7 @@ from pivotjax.data.sources.molecules import draw
 from pivotjax.errors import InputError
 
 SIZE = 224
+_DRAWN = 1024  # pixels of a drawing's longer edge, where nothing else says
 _BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # all that the decoders raise
 
 
@@ -27,9 +28,16 @@ def render(item: Item, size: int = SIZE) -> UInt8[np.ndarray, "S S 3"]:
 
 def open_image(path: Path, size: int = SIZE) -> UInt8[np.ndarray, "S S 3"]:
     """Any picture file, turned as its camera says, centred in a white square of `size` pixels; InputError names it."""
+    return _square(read_image(path, size), size)
+
+
+def read_image(path: Path, drawn: int = _DRAWN) -> Image.Image:
+    """Any picture file as it is; a drawing (SVG) fits in `drawn` x `drawn`. InputError names one that is broken."""
     path = Path(path)
     try:
-        return _square(_decode(path.read_bytes(), "svg" if path.suffix.lower() == ".svg" else "png", size), size)
+        image = _decode(path.read_bytes(), "svg" if path.suffix.lower() == ".svg" else "png", drawn)
+        image.load()
+        return image
     except _BROKEN as error:
         if isinstance(error, InputError):
             raise

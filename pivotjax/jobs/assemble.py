@@ -17,7 +17,7 @@ from pivotjax.data.sources import source
 from pivotjax.errors import InputError
 from pivotjax.models.language import Language, load_language
 from pivotjax.models.projector import ProjectorConfig
-from pivotjax.models.vision import Encoder, load_encoder
+from pivotjax.models.vision import Encoder, Features, load_encoder
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,13 @@ class ModelConfig:
     """The frozen models and the projector between them."""
 
     vision: str = "efficientnet-lite0"
-    """Vision encoder: the name of a packaged one, or a path to its weights."""
+    """Vision encoder: the name of a packaged one, or a path (the Hugging Face folder of a CLIP or SigLIP)."""
     language: str = "smollm2-135m"
     """LLM: the name of a packaged one, or a path (a GGUF file or a Hugging Face folder)."""
+    select_layer: int = -2
+    """Features of a CLIP or SigLIP: its hidden states after this layer; -1 is the last, 0 the embedding."""
+    select_features: Literal["patch", "cls_patch"] = "patch"
+    """Its patch tokens alone, or its class token before them."""
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the frozen LLM's weights and arithmetic; the projector stays float32."""
@@ -85,7 +89,8 @@ def asset_names(model: ModelConfig, domain_names: tuple[str, ...]) -> list[str]:
 def load_frozen(model: ModelConfig, prompt: str, max_caption: int, cache: Path) -> Frozen:
     """Loads encoder and LLM, fetching packaged weights on first use."""
     language = load_language(_weights(model.language, cache), jnp.dtype(model.dtype))
-    encoder = load_encoder(_weights(model.vision, cache))
+    chosen = Features(model.select_layer, model.select_features, model.projector.kind)
+    encoder = load_encoder(_weights(model.vision, cache), chosen)
     captioner = Captioner(language.tokenizer, language.eos_id, prompt, encoder.num_tokens, max_caption)
     return Frozen(language, encoder, captioner)
 

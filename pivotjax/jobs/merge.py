@@ -1,6 +1,5 @@
 """`pivotjax merge`: merges projectors or whole models, tells what it did, writes the result for JAX and PyTorch."""
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +13,8 @@ import yaml
 
 from pivotjax import config as configs
 from pivotjax import files
-from pivotjax.checkpoints import store, torch_bridge
+from pivotjax.checkpoints import folders, store, torch_bridge
+from pivotjax.config import size
 from pivotjax.data import assets
 from pivotjax.errors import InputError
 from pivotjax.jobs import (
@@ -36,16 +36,6 @@ from pivotjax.models import projector
 from pivotjax.progress import say
 
 _REPORT = "merge_report.json"
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def size(text: str) -> int:
-    """`256MB`, `1.5 GiB` -> bytes."""
-    found = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", str(text).strip())
-    try:
-        return round(float(found[1]) * _UNITS[found[2].upper()])
-    except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{text!r} is no size; write 256MB or 1.5GB") from error
 
 
 @dataclass(frozen=True)
@@ -196,7 +186,7 @@ def _merge_projectors(config: MergeConfig, plan: MergeRecipe, inputs: Opened, fo
         names = inputs.donor.checkpoint.specs if inputs.donor.checkpoint else None
         info = _info(result, _title(experts), base, experts)
         torch_bridge.save_torch(folder / "mm_projector.safetensors", result.params, info, names)
-        notes += merge_models.copy_small_files(inputs.donor.path, folder, plan.dtype)
+        notes += folders.copy_small_files(inputs.donor.path, folder, plan.dtype)
     return report
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from pivotjax.checkpoints import lora, safetensors_io, store, tensors, torch_bridge
+from pivotjax.checkpoints import folders, lora, store, tensors, torch_bridge
 from pivotjax.checkpoints.tensors import Checkpoint
 from pivotjax.errors import InputError
 from pivotjax.merging.recipe import BASES, MergeRecipe
@@ -34,7 +34,7 @@ class Input:
     def format(self) -> Literal["orbax", "safetensors", "bin"]:
         if self.checkpoint is None:
             return "orbax"
-        return "bin" if isinstance(self.checkpoint, tensors.Memory) else "safetensors"
+        return "bin" if self.checkpoint.path.suffix in tensors.PICKLES else "safetensors"
 
     def provenance(self) -> dict[str, Any]:
         """Path and hashes, for the report; what has not been read yet is read for them."""
@@ -112,7 +112,7 @@ def open_input(path: Path, factors: bool = False) -> Input:
     if not path.exists():
         raise InputError(f"no checkpoint at {path}; give a projector checkpoint, a safetensors file, a model's folder "
                          "or mm_projector.bin (nothing is downloaded)")
-    weights = _weights(path)
+    weights = weights_of(path)
     if weights is None:
         return Input(path, None, store.load_projector(path))
     checkpoint = tensors.open_checkpoint(weights)
@@ -121,11 +121,11 @@ def open_input(path: Path, factors: bool = False) -> Input:
     return Input(path, checkpoint, _projector(weights, checkpoint))
 
 
-def _weights(path: Path) -> Path | None:
+def weights_of(path: Path) -> Path | None:
     """The file or folder with the tensors; None for an Orbax checkpoint."""
     if not path.is_dir():
         return path
-    if (path / safetensors_io.SINGLE).exists() or (path / safetensors_io.INDEX).exists():
+    if folders.holds_weights(path):
         return path
     if (path / lora.CONFIG).exists() or (path / lora.WEIGHTS).exists():
         return next(path.glob("adapter_model.*"), path)
@@ -136,7 +136,7 @@ def _weights(path: Path) -> Path | None:
 def _projector(weights: Path, checkpoint: Checkpoint) -> store.Projector | None:
     if not torch_bridge.names_a_projector(checkpoint.specs):
         return None
-    if isinstance(checkpoint, tensors.Memory):
+    if weights.suffix in tensors.PICKLES:
         held = {name: checkpoint.read(name) for name in checkpoint.specs}
         return store.Projector(torch_bridge.from_torch(held, str(weights)), {})
     return store.Projector(*torch_bridge.load_torch(weights)) if weights.is_file() else None

@@ -1,7 +1,5 @@
 """Whole models: which tensors are merged, where each goes, and the report; out of core where the method allows it."""
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pivotjax import files
-from pivotjax.checkpoints import lora, safetensors_io, tensors
+from pivotjax.checkpoints import folders, lora, tensors
 from pivotjax.checkpoints.tensors import Checkpoint, Spec
 from pivotjax.errors import InputError
 from pivotjax.jobs import merge_inputs, out_of_core
@@ -21,9 +18,6 @@ from pivotjax.merging.recipe import BASES, MergeRecipe
 from pivotjax.progress import say
 
 _SHARD = 5_000_000_000  # bytes of a file, where the donor does not say
-_SMALL = 64_000_000  # bytes; larger files beside a model are not copied
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
-_OURS = ("README.md", "config.yaml", "merge_report.json", safetensors_io.INDEX, "pytorch_model.bin.index.json")
 
 
 class Limits(NamedTuple):
@@ -66,7 +60,7 @@ def merge_models(
             found = out_of_core.stream(opened, merging, units, writer, budget)
     if isinstance(writer, lora.AdapterWriter):
         report["lora"] = {"rank": writer.rank, "norm_kept": writer.kept}
-    notes += copy_small_files(inputs.donor.path, folder, plan.dtype)
+    notes += folders.copy_small_files(inputs.donor.path, folder, plan.dtype)
     report |= _report(merging, opened, found)
     if copied:
         report["left_as_in_base"] = sorted(copied)
@@ -180,33 +174,8 @@ def _dtype(word: str | None) -> np.dtype | None:
 
 def _shards(donor: Checkpoint, specs: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:
     """The donor's files where it has several (and they do not grow), else one, or as many as its size asks for."""
+    held = donor.files
     grown = tensors.sizes(specs.values()) > tensors.sizes(donor.specs.values())
-    if len(donor.files) > 1 and not grown:
-        return {file: {name: specs[name] for name in names} for file, names in donor.files.items()}
+    if len(held) > 1 and not grown and all(file.endswith(".safetensors") for file in held):
+        return {file: {name: specs[name] for name in names} for file, names in held.items()}
     return tensors.sharded(specs, _SHARD, "adapter_model" if lora.is_adapter(donor) else "model")
-
-
-def copy_small_files(source: Path, folder: Path, dtype: str | None) -> list[str]:
-    """Copies config, tokenizer and the like from a model's folder; returns notes on what was left behind."""
-    if not source.is_dir():
-        return []
-    notes = []
-    for path in sorted(source.iterdir()):
-        ours = path.name in _OURS or (folder / path.name).exists()
-        if ours or not path.is_file() or path.suffix in _WEIGHTS or path.name.startswith("."):
-            continue
-        if path.stat().st_size > _SMALL:
-            notes.append(f"{path.name} is large and was not copied")
-        elif path.name == "config.json" and dtype is not None:
-            files.write_bytes(folder / path.name, _with_dtype(files.read_json(path), dtype))
-        else:
-            shutil.copyfile(path, folder / path.name)
-    return notes
-
-
-def _with_dtype(config: Any, dtype: str) -> bytes:
-    """A model's config that names the dtype of its weights now."""
-    if isinstance(config, dict):
-        words = [word for word in ("torch_dtype", "dtype") if word in config] or ["torch_dtype"]
-        config = config | dict.fromkeys(words, dtype)
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

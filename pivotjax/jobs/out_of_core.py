@@ -56,7 +56,7 @@ class Inputs:
     @property
     def named(self) -> dict[str, Checkpoint]:
         """All of them, the base first."""
-        return ({"the base": self.base} if self.base else {}) | dict(self.experts)
+        return ({"the base": self.base} if self.base is not None else {}) | dict(self.experts)
 
 
 class Merging(NamedTuple):

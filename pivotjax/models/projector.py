@@ -2,12 +2,15 @@
 
 Parameters are a plain dict `{"linear_0": {"kernel": [d_in, d_out], "bias": [d_out]}, "linear_1": ...}`. K experts are
 the same dict with a leading axis K on every leaf. Kinds follow LLaVA: `linear`, and `mlpNx_gelu` (N linear layers with
-exact GELU between them).
+exact GELU between them). `pixel_shuffle2_linear`, `avg_pool2_mlp2x_gelu` and their like first make s x s features one,
+without parameters: `connectors.reduce` does that to features (training, to those of the frozen encoder as they are
+encoded), and what stands here is the linear layers behind it. A layer without `bias` has none.
 """
 
 import hashlib
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +30,38 @@ class ProjectorConfig:
     """The projector's shape."""
 
     kind: str = "mlp2x_gelu"
-    """`linear` or `mlpNx_gelu` with N = 1, 2, 3, ..."""
+    """`linear` or `mlpNx_gelu` with N = 1, 2, 3, ...; before it `pixel_shuffleS_` or `avg_poolS_` to make S x S visual
+    tokens one."""
+
+
+class Kind(NamedTuple):
+    """A projector's kind, taken apart."""
+
+    reduction: str | None  # `pixel_shuffle`, `avg_pool`
+    scale: int  # features on a side that become one
+    depth: int  # linear layers
+
+
+def parse(kind: str) -> Kind:
+    """Takes the name of a kind apart; InputError if it is unknown."""
+    found = re.fullmatch(r"(?:(pixel_shuffle|avg_pool)([2-9])_)?(?:linear|mlp([1-9])x_gelu)", kind)
+    if not found:
+        raise InputError(
+            f"projector kind {kind!r} is unknown; use `linear` or `mlpNx_gelu` (N from 1 to 9), alone or after "
+            "`pixel_shuffleS_` or `avg_poolS_` (S from 2 to 9)"
+        )
+    return Kind(found[1], int(found[2] or 1), int(found[3] or 1))
 
 
 def depth(kind: str) -> int:
     """Number of linear layers of a projector kind."""
-    found = re.fullmatch(r"mlp([1-9])x_gelu", kind)
-    if kind != "linear" and not found:
-        raise InputError(f"projector kind {kind!r} is unknown; use `linear` or `mlpNx_gelu` (N from 1 to 9)")
-    return int(found[1]) if found else 1
+    return parse(kind).depth
 
 
 def init(kind: str, d_in: int, d_out: int, key: jax.Array, output_std: float) -> Params:
     """W0: LeCun-normal kernels, zero biases; the last kernel scaled so that outputs have standard deviation
-    `output_std` (the spread of the LLM's token embeddings) for inputs of unit variance. float32."""
+    `output_std` (the spread of the LLM's token embeddings) for inputs of unit variance. float32. `d_in` is the width of
+    what the first linear layer sees (`connectors.width`)."""
     layers, params = depth(kind), {}
     keys = jax.random.split(key, layers)
     for i in range(layers):
@@ -69,7 +90,7 @@ def layer_inputs(params: Params, features: Float[Array, "*B d_in"]) -> dict[str,
     for i in range(len(params)):
         seen[f"linear_{i}"] = x
         layer = params[f"linear_{i}"]
-        x = x @ layer["kernel"] + layer["bias"]
+        x = x @ layer["kernel"] + layer.get("bias", 0)
         if i < len(params) - 1:
             x = jax.nn.gelu(x, approximate=False)
     return seen | {"output": x}

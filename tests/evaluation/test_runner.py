@@ -15,7 +15,7 @@ from pivotjax.evaluation import runner, tasks
 from pivotjax.evaluation.metrics import summarise
 from pivotjax.evaluation.tasks import Question, TestSet
 from pivotjax.models import projector, vlm
-from pivotjax.models.language import Language, Llama, LlamaConfig
+from pivotjax.models.language import Decoder, DecoderConfig, Language
 
 VISUAL, CHANNELS = 4, 6
 COLOURS, SHAPES = ("red", "blue", "green"), ("circle", "square", "triangle")
@@ -24,9 +24,9 @@ WORDS = ("a", "big", "cat", "dog", "in", "the", "house", "on", "fire", *COLOURS,
 
 @pytest.fixture(scope="module")
 def language() -> Language:
-    config = LlamaConfig(64, 32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    params = jax.jit(lambda: nnx.to_pure_dict(nnx.split(Llama(config, rngs=nnx.Rngs(0)))[1]))()
+    config = DecoderConfig(64, 32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(0)))[1]))()
     params["embedding"] = 30.0 * params["embedding"]  # so that text counts beside the image
     vocabulary = {"<unk>": 0, "<end>": 1, "\n": 2} | {word: i + 3 for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

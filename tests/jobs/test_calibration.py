@@ -17,7 +17,7 @@ from pivotjax.jobs import calibration
 from pivotjax.jobs.assemble import Frozen
 from pivotjax.jobs.calibration import CalibrationConfig
 from pivotjax.models import projector
-from pivotjax.models.language import Language, Llama, LlamaConfig, load_language
+from pivotjax.models.language import Decoder, DecoderConfig, Language, load_language
 
 VISUAL, CHANNELS, DIM = 4, 6, 32
 WORDS = ("a", "big", "cat", "dog", "in", "the", "house", "on", "fire", "red", "blue")
@@ -46,9 +46,9 @@ def make_source(name, count, seed, words=WORDS, channels=CHANNELS):
 
 @pytest.fixture(scope="module")
 def language() -> Language:
-    config = LlamaConfig(32, DIM, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    params = jax.jit(lambda: nnx.to_pure_dict(nnx.split(Llama(config, rngs=nnx.Rngs(0)))[1]))()
+    config = DecoderConfig(32, DIM, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(0)))[1]))()
     params["embedding"] = 30.0 * params["embedding"]
     vocabulary = {"<unk>": 0, "<end>": 1, "\n": 2} | {word: i + 3 for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 
 from pivotjax.errors import InputError
-from pivotjax.models.generation import _sample, generate
-from pivotjax.models.language import FAMILIES, Language, LlamaConfig, abstract
+from pivotjax.models.generation import _sample, generate, generate_from
+from pivotjax.models.language import FAMILIES, DecoderConfig, Language, abstract
 from pivotjax.models.vlm import IMAGE_TOKEN, splice
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=37, dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40,
     tie_embeddings=True, max_length=128,
 )  # fmt: skip
@@ -70,6 +70,69 @@ def test_cache_gives_the_tokens_of_the_definition(language, with_image):
     assert answer.dtype == jnp.int32 and np.asarray(answer).tolist() == expected
 
 
+def padded_left(rows, filler=7):
+    """Tokens and mask of rows that end together."""
+    longest = max(map(len, rows))
+    tokens = np.stack([np.pad(row, (longest - len(row), 0), constant_values=filler) for row in rows])
+    return tokens, np.arange(longest) >= longest - np.array([len(row) for row in rows])[:, None]
+
+
+def test_several_images_a_row_padded_on_the_left(language):
+    """Two images of V tokens each, at places of their own in every row."""
+    random = np.random.default_rng(4)
+    visual = jnp.asarray(random.normal(size=(3, 2 * V, CONFIG.dim)), jnp.float32)
+    image, rows = np.full(V, IMAGE_TOKEN), []
+    for before, between, after in ((0, 2, 3), (1, 0, 1), (2, 5, 1)):
+        words = [random.integers(6, CONFIG.vocab_size, n) for n in (before, between, after)]
+        rows.append(np.concatenate([words[0], image, words[1], image, words[2]]))
+    expected = greedy_without_cache(language, visual, rows, 12)
+    tokens, mask = padded_left(rows)
+
+    def answers(visual):
+        return np.asarray(generate(language, language.params, visual, tokens, max_new=12, attention_mask=mask)).tolist()
+
+    assert answers(visual) == expected
+    assert answers(jnp.concatenate([visual[:, V:], visual[:, :V]], axis=1)) != expected
+
+
+def test_embedded_prompts_give_what_tokens_give(language):
+    tokens, visual = prompts([6, 6]), visual_tokens(2)
+    module = nnx.merge(language.graphdef, language.params)
+    prompt, mask = splice(module, tokens, visual), np.ones((2, 6), int)
+    options = dict(max_new=9, temperature=0.9, top_p=0.8, key=jax.random.key(3))
+    stop = (language.eos_id, 11)
+    expected = generate(language, language.params, visual, tokens, stop=stop, **options)
+    got = generate_from(language.graphdef, language.params, prompt, mask, stop=stop, pad_id=language.eos_id, **options)
+    assert (np.asarray(got) == np.asarray(expected)).all()
+
+
+def test_each_of_several_stop_tokens_ends_a_row(language):
+    rows = [prompts([n], 0, seed=n)[0] for n in (4, 9, 6)]
+    tokens, mask = padded_left(rows)
+    prompt = nnx.merge(language.graphdef, language.params).embed(tokens)
+
+    def answers(stop):
+        options = dict(stop=stop, pad_id=36, max_new=12)
+        return np.asarray(generate_from(language.graphdef, language.params, prompt, mask, **options)).tolist()
+
+    free = answers(())
+    stop = (free[0][2], free[1][7])
+    expected = []
+    for row in free:
+        end = min([i for i, token in enumerate(row) if token in stop], default=11)
+        expected.append(row[: end + 1] + [36] * (11 - end))
+    assert answers(stop) == answers(stop[::-1]) == expected != free
+
+
+def test_sampling_does_not_depend_on_the_side_of_the_padding(language):
+    rows = [prompts([n], 0, seed=n)[0] for n in (4, 9, 6)]
+    right = np.stack([np.pad(row, (0, 9 - len(row)), constant_values=8) for row in rows])
+    left, mask = padded_left(rows)
+    options = dict(max_new=12, temperature=1.0, top_p=0.9, key=jax.random.key(1), stop=())
+    expected = generate(language, language.params, None, right, lengths=[4, 9, 6], **options)
+    assert (generate(language, language.params, None, left, attention_mask=mask, **options) == expected).all()
+
+
 def test_a_row_that_ended_is_filled_with_end_of_sequence(language):
     arguments = language.params, visual_tokens(2), prompts([6, 6])
     free = np.asarray(generate(language, *arguments, max_new=8))[0].tolist()
@@ -105,8 +168,12 @@ def test_one_compilation_for_a_bucket(language):
     from pivotjax.models.generation import _generate
 
     before = _generate._cache_size()
-    for length, new in ((6, 5), (9, 7), (12, 30)):
-        generate(language, language.params, visual_tokens(5), prompts([length] * 5), max_new=new)
+    for length, new, real in ((6, 5, 6), (9, 7, 8), (12, 30, 4)):
+        mask = np.arange(length) >= length - real  # on either side
+        mask = np.stack([mask, mask, mask[::-1], mask[::-1], mask])
+        tokens = np.where(mask, prompts([length] * 5), 7)
+        tokens[mask] = prompts([real] * 5).ravel()
+        generate(language, language.params, visual_tokens(5), tokens, max_new=new, attention_mask=mask)
     assert _generate._cache_size() == before + 1
 
 
@@ -118,6 +185,10 @@ def test_one_compilation_for_a_bucket(language):
         ({"temperature": 0.5}, "key"),
         ({"max_new": 127}, "reads 128"),
         ({"lengths": [7, 1]}, "lengths"),
+        ({"lengths": [0, 1]}, "lengths"),
+        ({"lengths": [6, 6], "attention_mask": np.ones((2, 6))}, "either"),
+        ({"attention_mask": np.ones((2, 5))}, r"shape \[2, 6\]"),
+        ({"attention_mask": np.zeros((2, 6)), "visual": None}, "one token or more"),
         ({"visual": visual_tokens(2)[:, :1]}, "image tokens"),
         ({"visual": None}, "image tokens"),
     ],

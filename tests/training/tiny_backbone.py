@@ -8,13 +8,13 @@ import numpy as np
 from flax import nnx
 
 from pivotjax.models import projector
-from pivotjax.models.language import FAMILIES, LlamaConfig, abstract
+from pivotjax.models.language import FAMILIES, DecoderConfig, abstract
 from pivotjax.models.vlm import IMAGE_TOKEN
 from pivotjax.training.optimizer import TrainingConfig, adamw, per_expert
 from pivotjax.training.step import init_state, make_step
 
 VISUAL, PROMPT, CAPTION, FEATURE = 4, 1, 5, 12
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=50, dim=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, tie_embeddings=True
 )
 

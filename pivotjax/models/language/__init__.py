@@ -1,49 +1,52 @@
-"""Language models: one loader for GGUF files and Hugging Face folders, and a registry of families."""
+"""Language models: one network, a registry of families, and a loader for GGUF files and Hugging Face folders."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
 from pivotjax.checkpoints import names
-from pivotjax.checkpoints.gguf import GGUF, unpermuted
-from pivotjax.checkpoints.names import Rule, transposed
+from pivotjax.checkpoints.gguf import GGUF
 from pivotjax.checkpoints.safetensors_io import SafetensorsFolder
 from pivotjax.errors import InputError
 from pivotjax.files import read_json, sha256
-from pivotjax.models.language.llama import Cache, Llama, LlamaConfig
+from pivotjax.models.language import llama, mistral, phi3, qwen2, qwen3, sentencepiece
+from pivotjax.models.language.decoder import Cache, Decoder, DecoderConfig
+from pivotjax.models.language.family import Family
+from pivotjax.models.settings import Settings
 
-__all__ = ["FAMILIES", "Cache", "Family", "Language", "Llama", "LlamaConfig", "abstract", "load_language"]
+__all__ = [
+    "FAMILIES", "GGUF_FAMILIES", "Cache", "Decoder", "DecoderConfig", "Family", "Language", "abstract", "family_of",
+    "has_tokenizer", "load_language", "load_weights", "read_tokenizer",
+]  # fmt: skip
+
+
+# Keyed by config.json's `model_type`.
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "phi3": phi3.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+}
+GGUF_FAMILIES: dict[str, Family] = {"llama": llama.GGUF_FAMILY}  # keyed by `general.architecture`
 
 
 class Language(NamedTuple):
-    """A frozen language model: `nnx.merge(graphdef, params)` is the network."""
+    """A frozen language model with its tokenizer: `nnx.merge(graphdef, params)` is the network."""
 
     name: str
-    config: LlamaConfig
+    config: DecoderConfig
     graphdef: nnx.GraphDef
     params: dict  # nested dict of arrays; layers stacked on a leading axis
     tokenizer: Tokenizer
     eos_id: int
     identity: str  # SHA-256 of the weight files
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family of checkpoints becomes a network: its sizes and its tensor names, in both formats."""
-
-    module: Callable[..., nnx.Module]
-    gguf_config: Callable[[GGUF], LlamaConfig]
-    gguf_rules: Callable[[LlamaConfig], list[Rule]]
-    folder_config: Callable[[dict[str, Any], str], LlamaConfig]
-    folder_rules: Callable[[LlamaConfig], list[Rule]]
-    ignore: tuple[str, ...] = ()  # names that checkpoints may carry and the network does not need
-    ignore_tied: tuple[str, ...] = ()  # likewise where the embeddings are tied
 
 
 def load_language(path: Path, dtype=jnp.float32) -> Language:
@@ -61,164 +64,69 @@ def load_language(path: Path, dtype=jnp.float32) -> Language:
     return _load_gguf(path, dtype)
 
 
-def abstract(family: Family, config: LlamaConfig, dtype) -> tuple[nnx.GraphDef, dict]:
+def family_of(model_type: Any, where: str, families: Mapping[str, Family] = FAMILIES) -> Family:
+    """The family of that name; InputError where there is none."""
+    if not isinstance(model_type, str) or model_type not in families:
+        raise InputError(f"{where}: architecture {model_type!r} is not supported; known: {', '.join(families)}")
+    return families[model_type]
+
+
+def abstract(family: Family, config: DecoderConfig, dtype) -> tuple[nnx.GraphDef, dict]:
     """The network's graph and its parameters as shapes only; nothing is allocated."""
     module = nnx.eval_shape(lambda: family.module(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(module)
     return graphdef, nnx.to_pure_dict(state)
 
 
+def load_weights(
+    family: Family, config: DecoderConfig, tensors: Mapping[str, np.ndarray], dtype, where: str
+) -> tuple[nnx.GraphDef, dict]:
+    """A decoder's graph and its parameters in `dtype`, from tensors that bear the family's names."""
+    graphdef, shapes = abstract(family, config, dtype)
+    return graphdef, names.load(tensors, family.names(config), shapes, where=where)
+
+
 def _load_gguf(path: Path, dtype) -> Language:
     file = GGUF(path)
-    family = _family(file.metadata("general.architecture"), path)
-    config = family.gguf_config(file)
-    graphdef, params = _load_weights(family, config, family.gguf_rules(config), file, dtype, path)
+    family = family_of(file.metadata("general.architecture"), str(path), GGUF_FAMILIES)
+    config = family.config(file)
+    graphdef, params = load_weights(family, config, file, dtype, str(path))
     eos_id = int(file.metadata("tokenizer.ggml.eos_token_id"))
     return Language(path.stem, config, graphdef, params, file.tokenizer(), eos_id, sha256(path))
 
 
 def _load_folder(path: Path, dtype) -> Language:
-    settings = read_json(path / "config.json")
-    family = _family(settings.get("model_type"), path)
-    config = family.folder_config(settings, str(path / "config.json"))
+    settings = Settings(read_json(path / "config.json"), str(path / "config.json"))
+    family = family_of(settings.get("model_type"), str(path))
+    config = family.config(settings.fields, settings.where)
     tensors = SafetensorsFolder(path)
-    graphdef, params = _load_weights(family, config, family.folder_rules(config), tensors, dtype, path)
+    graphdef, params = load_weights(family, config, tensors, dtype, str(path))
     hashes = "".join(sha256(file) for file in tensors.files)
     identity = hashlib.sha256(hashes.encode()).hexdigest()
-    return Language(path.name, config, graphdef, params, _tokenizer(path), _eos_id(settings, path), identity)
+    return Language(path.name, config, graphdef, params, read_tokenizer(path), _eos_id(settings), identity)
 
 
-def _family(architecture: str | None, path: Path) -> Family:
-    if architecture not in FAMILIES:
-        raise InputError(f"{path}: architecture {architecture!r} is not supported; known: {', '.join(FAMILIES)}")
-    return FAMILIES[architecture]
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `read_tokenizer` finds one."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", sentencepiece.FILE))
 
 
-def _load_weights(family, config, rules, tensors: Mapping, dtype, path) -> tuple[nnx.GraphDef, dict]:
-    graphdef, shapes = abstract(family, config, dtype)
-    ignore = family.ignore + (family.ignore_tied if config.tie_embeddings else ())
-    return graphdef, names.load(tensors, rules, shapes, ignore=ignore, where=str(path))
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model's folder: tokenizer.json, or Llama's tokenizer.model; InputError if there is neither."""
     file = folder / "tokenizer.json"
+    if not file.is_file() and (folder / sentencepiece.FILE).is_file():
+        return sentencepiece.read(folder / sentencepiece.FILE)
     if not file.is_file():
         raise InputError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_str(file.read_text())
     except Exception as error:  # the package raises plain Exception
         raise InputError(f"{file} is not a tokenizer ({error}); save the model's fast tokenizer there") from error
 
 
-def _eos_id(settings: dict[str, Any], folder: Path) -> int:
+def _eos_id(settings: Settings) -> int:
     eos = settings.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and eos else eos
     if not isinstance(eos, int):
-        raise InputError(f"{folder / 'config.json'} has no eos_token_id; add it")
+        raise InputError(f"{settings.where} has no eos_token_id; add it")
     return eos
-
-
-# The Llama family.
-
-
-def _llama_gguf_config(file: GGUF) -> LlamaConfig:
-    heads, dim = int(file.metadata("llama.attention.head_count")), int(file.metadata("llama.embedding_length"))
-    head_dim = int(file.metadata("llama.attention.key_length", dim // heads))
-    if int(file.metadata("llama.rope.dimension_count", head_dim)) != head_dim:
-        raise InputError(f"{file.path}: rotary embedding of a part of each head is not supported")
-    return LlamaConfig(
-        vocab_size=len(file.metadata("tokenizer.ggml.tokens")),
-        dim=dim,
-        num_layers=int(file.metadata("llama.block_count")),
-        num_heads=heads,
-        num_kv_heads=int(file.metadata("llama.attention.head_count_kv", heads)),
-        head_dim=head_dim,
-        mlp_dim=int(file.metadata("llama.feed_forward_length")),
-        rope_base=float(file.metadata("llama.rope.freq_base", 10000.0)),
-        norm_eps=float(file.metadata("llama.attention.layer_norm_rms_epsilon")),
-        tie_embeddings="output.weight" not in file,
-        max_length=int(file.metadata("llama.context_length")),
-    )
-
-
-def _llama_folder_config(settings: dict[str, Any], where: str) -> LlamaConfig:
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}  # transformers 5, older
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    unsupported = {
-        f"rope_type {kind!r}": kind != "default",
-        "attention_bias": settings.get("attention_bias", False),
-        "mlp_bias": settings.get("mlp_bias", False),
-        f"hidden_act {settings.get('hidden_act')!r}": settings.get("hidden_act", "silu") != "silu",
-    }
-    for what, present in unsupported.items():
-        if present:
-            raise InputError(f"{where}: {what} is not supported in the Llama family; choose another model")
-    try:
-        heads, dim = settings["num_attention_heads"], settings["hidden_size"]
-        return LlamaConfig(
-            vocab_size=settings["vocab_size"],
-            dim=dim,
-            num_layers=settings["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=settings.get("num_key_value_heads") or heads,
-            head_dim=settings.get("head_dim") or dim // heads,
-            mlp_dim=settings["intermediate_size"],
-            rope_base=float(rope.get("rope_theta", settings.get("rope_theta", 10000.0))),
-            norm_eps=float(settings["rms_norm_eps"]),
-            tie_embeddings=settings.get("tie_word_embeddings", False),
-            max_length=settings["max_position_embeddings"],
-        )
-    except KeyError as error:
-        raise InputError(f"{where} has no field {error.args[0]!r}; get the model's config.json again") from error
-
-
-def _llama_gguf_rules(config: LlamaConfig) -> list[Rule]:
-    def rotated(heads):
-        return lambda weight: unpermuted(weight, heads).T
-
-    return [
-        Rule("embedding", ("token_embd.weight",)),
-        Rule("norm/scale", ("output_norm.weight",)),
-        Rule("head/kernel", ("output.weight",), transposed),
-        Rule("layers/attention_norm/scale", ("blk.{layer}.attn_norm.weight",)),
-        Rule("layers/q/kernel", ("blk.{layer}.attn_q.weight",), rotated(config.num_heads)),
-        Rule("layers/k/kernel", ("blk.{layer}.attn_k.weight",), rotated(config.num_kv_heads)),
-        Rule("layers/v/kernel", ("blk.{layer}.attn_v.weight",), transposed),
-        Rule("layers/o/kernel", ("blk.{layer}.attn_output.weight",), transposed),
-        Rule("layers/mlp_norm/scale", ("blk.{layer}.ffn_norm.weight",)),
-        Rule("layers/gate/kernel", ("blk.{layer}.ffn_gate.weight",), transposed),
-        Rule("layers/up/kernel", ("blk.{layer}.ffn_up.weight",), transposed),
-        Rule("layers/down/kernel", ("blk.{layer}.ffn_down.weight",), transposed),
-    ]
-
-
-def _llama_folder_rules(config: LlamaConfig) -> list[Rule]:
-    layer = "model.layers.{layer}"
-    return [
-        Rule("embedding", ("model.embed_tokens.weight",)),
-        Rule("norm/scale", ("model.norm.weight",)),
-        Rule("head/kernel", ("lm_head.weight",), transposed),
-        Rule("layers/attention_norm/scale", (f"{layer}.input_layernorm.weight",)),
-        Rule("layers/q/kernel", (f"{layer}.self_attn.q_proj.weight",), transposed),
-        Rule("layers/k/kernel", (f"{layer}.self_attn.k_proj.weight",), transposed),
-        Rule("layers/v/kernel", (f"{layer}.self_attn.v_proj.weight",), transposed),
-        Rule("layers/o/kernel", (f"{layer}.self_attn.o_proj.weight",), transposed),
-        Rule("layers/mlp_norm/scale", (f"{layer}.post_attention_layernorm.weight",)),
-        Rule("layers/gate/kernel", (f"{layer}.mlp.gate_proj.weight",), transposed),
-        Rule("layers/up/kernel", (f"{layer}.mlp.up_proj.weight",), transposed),
-        Rule("layers/down/kernel", (f"{layer}.mlp.down_proj.weight",), transposed),
-    ]
-
-
-# Keyed by the checkpoint's own word for its architecture: `general.architecture` in GGUF, `model_type` in config.json.
-FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        module=Llama,
-        gguf_config=_llama_gguf_config,
-        gguf_rules=_llama_gguf_rules,
-        folder_config=_llama_folder_config,
-        folder_rules=_llama_folder_rules,
-        ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
-        ignore_tied=(r"lm_head\.weight",),
-    ),
-}

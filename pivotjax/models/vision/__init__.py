@@ -1,27 +1,57 @@
-"""Vision encoders: images to visual features of one shape and one normalisation."""
+"""Vision encoders: one loader for Hugging Face folders and EfficientNet-Lite's weights, and a registry of families."""
 
-from collections.abc import Callable, Mapping
+import hashlib
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from pivotjax.checkpoints import names
 from pivotjax.checkpoints.pickles import read_state_dict
+from pivotjax.checkpoints.tensors import open_checkpoint
 from pivotjax.errors import InputError
-from pivotjax.files import sha256
-from pivotjax.models.vision import efficientnet_lite
-from pivotjax.models.vision.efficientnet_lite import EfficientNetLite
+from pivotjax.files import read_json, sha256
+from pivotjax.models import connectors
+from pivotjax.models.processors import Normalisation, load_processor
+from pivotjax.models.vision import clip, efficientnet_lite, idefics3, siglip
+from pivotjax.models.vision.family import Family
+from pivotjax.models.vision.vit import VisionConfig, VisionTransformer
 
-__all__ = ["FAMILIES", "Encoder", "encode", "load_encoder"]
+__all__ = [
+    "FAMILIES", "Encoder", "Family", "Features", "VisionConfig", "VisionTransformer", "abstract", "depth_of", "encode",
+    "load_encoder", "select",
+]  # fmt: skip
 
-_GRID = 4  # visual tokens on a side
-_NORM_EPS = 1e-5
+# By `model_type` of config.json.
+FAMILIES: dict[str, Family] = {
+    "clip_vision_model": clip.FAMILY,
+    "clip": clip.WHOLE_FAMILY,
+    "siglip_vision_model": siglip.FAMILY,
+    "siglip": siglip.WHOLE_FAMILY,
+    "siglip2_vision_model": siglip.NAFLEX_FAMILY,
+    "siglip2": siglip.WHOLE_NAFLEX_FAMILY,
+    "idefics3_vision": idefics3.FAMILY,
+    "smolvlm_vision": idefics3.FAMILY,
+}
+_EFFICIENTNET = "_conv_stem.weight"  # a tensor that only it has: a state dict does not say what it is
+
+
+class Features(NamedTuple):
+    """Which features an encoder gives.
+
+    Fields:
+        select_layer: hidden states of a vision transformer after this layer; -1 is the last one, -2 that before it.
+        select_features: `patch` tokens alone, or `cls_patch`: the class token before them.
+        kind: a projector's; its spatial reduction (`connectors.reduce`) is part of the features.
+    """
+
+    select_layer: int = -2
+    select_features: Literal["patch", "cls_patch"] = "patch"
+    kind: str = "linear"
 
 
 class Encoder(NamedTuple):
@@ -33,63 +63,115 @@ class Encoder(NamedTuple):
     image_size: int  # pixels on a side
     num_tokens: int  # visual tokens of one image
     dim: int  # channels of one visual token
-    identity: str  # SHA-256 of the weight file
+    identity: str  # SHA-256 of the weights and of all else that features depend on
+    features: Features = Features()
+    normalise: Normalisation | None = None  # of pixels, as the model's processor says; None: the network does it
 
 
-def load_encoder(path: Path) -> Encoder:
-    """Loads the `.pth` state dict of an EfficientNet-Lite0.
+def load_encoder(path: Path, features: Features | None = None) -> Encoder:
+    """Loads a CLIP or SigLIP from its Hugging Face folder, or the `.pth` state dict of an EfficientNet-Lite0.
 
-    InputError if the file is missing, damaged, would run code, or is another network.
+    InputError if it is missing, damaged, would run code, is another network, or cannot give such features.
     """
-    path = Path(path)
-    tensors = read_state_dict(path)
-    for marker, load in FAMILIES.items():
-        if marker in tensors:
-            graphdef, params, config = load(tensors, str(path))
-            return Encoder(path.stem, graphdef, params, config.image_size, _GRID**2, config.head, sha256(path))
-    raise InputError(f"{path} is no known vision encoder; give the torch state dict of an EfficientNet-Lite0")
+    path, chosen = Path(path), features or Features()
+    chosen = chosen._replace(kind=connectors.spatial(chosen.kind))
+    return _load_folder(path, chosen) if path.is_dir() else _load_efficientnet_lite(path, chosen)
 
 
-def encode(encoder: Encoder, images: UInt8[Array, "B 224 224 3"]) -> Float[Array, "B 16 1280"]:
-    """Visual features, float32: the last map pooled to 4x4 tokens (row by row), each normalised over its channels.
+def encode(encoder: Encoder, images: UInt8[Array, "B S S 3"]) -> Float[Array, "B T D"]:
+    """Visual features, float32: `num_tokens` tokens of `dim` channels. Compiled once a batch size.
 
-    The normalisation is a layer norm without parameters, the same for all domains. Compiled once a batch size.
-    InputError if the images are not uint8 of the encoder's size.
+    A vision transformer's are its hidden states, as they are; EfficientNet-Lite's its last map pooled to 4 x 4 tokens,
+    each normalised over its channels. InputError if the images are not uint8 of the encoder's size.
     """
     side = encoder.image_size
     if images.ndim != 4 or images.shape[1:] != (side, side, 3) or images.dtype != jnp.uint8:
         found = f"{images.dtype} {list(images.shape)}"
         raise InputError(f"the encoder takes images as uint8 [B, {side}, {side}, 3], not {found}; resize them first")
-    return _encode(encoder.graphdef, encoder.params, images)
+    return _encode(encoder.graphdef, encoder.features, encoder.normalise, encoder.params, images)
 
 
-@partial(jax.jit, static_argnums=0)
-def _encode(graphdef, params, images):
-    features = nnx.merge(graphdef, params).features(images)
-    rows, columns = (jnp.asarray(_bins(size, _GRID)) for size in features.shape[1:3])
-    pooled = jnp.einsum("ih,jw,bhwc->bijc", rows, columns, features, precision="highest")
-    tokens = pooled.reshape(len(images), _GRID**2, -1)
-    centred = tokens - tokens.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + _NORM_EPS)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _encode(graphdef, chosen, normalise, params, images):
+    network = nnx.merge(graphdef, params)
+    if normalise is None:
+        tokens = network.tokens(images)
+    else:
+        pixels = (images * jnp.float32(normalise.factor) - jnp.array(normalise.mean)) / jnp.array(normalise.std)
+        tokens = select(network, pixels, chosen)
+    return connectors.reduce(chosen.kind, tokens)
 
 
-def _bins(size: int, bins: int) -> np.ndarray:
-    """Averaging matrix `[bins, size]` of adaptive pooling: bin i is floor(i*size/bins) .. ceil((i+1)*size/bins) - 1."""
-    matrix = np.zeros((bins, size), np.float32)
-    for i in range(bins):
-        start, end = i * size // bins, -(-(i + 1) * size // bins)
-        matrix[i, start:end] = 1 / (end - start)
-    return matrix
+def select(tower: VisionTransformer, pixels: Float[Array, "B H W 3"], chosen: Features) -> Float[Array, "B T D"]:
+    """Hidden states of the chosen layer, before any spatial reduction, of normalised images."""
+    hidden = tower(pixels, depth=depth_of(chosen.select_layer, tower.config.num_layers))
+    return hidden[:, 1:] if tower.config.has_class_token and chosen.select_features == "patch" else hidden
 
 
-def _load_efficientnet_lite(tensors: Mapping[str, np.ndarray], where: str):
-    config = efficientnet_lite.LITE0
-    module = nnx.eval_shape(lambda: EfficientNetLite(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(module)
-    shapes = nnx.to_pure_dict(state)
-    params = names.load(tensors, efficientnet_lite.rules(), shapes, ignore=efficientnet_lite.IGNORE, where=where)
-    return graphdef, params, config
+def depth_of(select_layer: int, num_layers: int) -> int:
+    """How many layers have to run for the hidden states of `select_layer` (0: the embedding; -1: the last layer)."""
+    depth = select_layer if select_layer >= 0 else num_layers + 1 + select_layer
+    if not 0 <= depth <= num_layers:
+        raise InputError(
+            f"select_layer {select_layer} is none of a tower of {num_layers}; use {-num_layers - 1} to {num_layers}"
+        )
+    return depth
 
 
-# Keyed by a tensor name that only this family has: a state dict does not say what it is.
-FAMILIES: dict[str, Callable] = {"_conv_stem.weight": _load_efficientnet_lite}
+def abstract(family: Family, config: VisionConfig, dtype=jnp.float32) -> tuple[nnx.GraphDef, dict]:
+    """The network's graph and its parameters as shapes only; nothing is allocated."""
+    return _abstract(lambda: family.module(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def _abstract(make) -> tuple[nnx.GraphDef, dict]:
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def _load_folder(path: Path, chosen: Features) -> Encoder:
+    settings, where = read_json(path / "config.json"), str(path / "config.json")
+    kind = settings.get("model_type")
+    if kind not in FAMILIES:
+        raise InputError(f"{where}: model_type {kind!r} is no known vision encoder; known: {', '.join(FAMILIES)}")
+    config = FAMILIES[kind].config(settings, where)
+    depth_of(chosen.select_layer, config.num_layers)
+    if chosen.select_features == "cls_patch" and not config.has_class_token:
+        raise InputError(f"{path} has no class token, so select_features cannot be cls_patch; use patch")
+    tokens = config.num_patches + (chosen.select_features == "cls_patch")
+    count = connectors.num_tokens(chosen.kind, tokens)
+
+    normalise = load_processor(path).normalise
+    graphdef, shapes = abstract(FAMILIES[kind], config)
+    with open_checkpoint(path) as tensors:
+        params = names.load(tensors, FAMILIES[kind].names(config), shapes, where=str(path))
+        identity = _digest(*tensors.digests().values(), config, chosen, normalise)
+    dim = connectors.width(chosen.kind, config.dim)
+    return Encoder(path.name, graphdef, params, config.image_size, count, dim, identity, chosen, normalise)
+
+
+def _load_efficientnet_lite(path: Path, chosen: Features) -> Encoder:
+    tensors, config = read_state_dict(path), efficientnet_lite.LITE0
+    if _EFFICIENTNET not in tensors:
+        raise InputError(
+            f"{path} is no known vision encoder; give the torch state dict of an EfficientNet-Lite0, or the Hugging "
+            "Face folder of a CLIP or SigLIP"
+        )
+    if chosen != Features(kind=chosen.kind):
+        raise InputError(f"{path} has one map of features and no class token; leave out select_layer, select_features")
+    graphdef, shapes = _abstract(lambda: efficientnet_lite.EfficientNetLite(config, rngs=nnx.Rngs(0)))
+    params = names.load(tensors, efficientnet_lite.names(), shapes, where=str(path))
+    identity = sha256(path)
+    return Encoder(
+        name=path.stem,
+        graphdef=graphdef,
+        params=params,
+        image_size=config.image_size,
+        num_tokens=connectors.num_tokens(chosen.kind, efficientnet_lite.NUM_TOKENS),
+        dim=connectors.width(chosen.kind, config.head),
+        identity=identity if chosen == Features() else _digest(identity, chosen.kind),
+        features=chosen,
+    )
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()

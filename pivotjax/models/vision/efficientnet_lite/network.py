@@ -4,56 +4,17 @@ Architecture: Tan and Le 2019 (arXiv 1905.11946) in the Lite form of TensorFlow'
 eps 1e-3, pixels as (x - 127) / 128. BatchNorm is folded into the convolution before it when weights are loaded.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from pivotjax.checkpoints.names import Rule, transposed
+from pivotjax.models.vision.efficientnet_lite.config import EfficientNetLiteConfig, Stage
 
-_NORM_EPS = 1e-3
-
-
-@dataclass(frozen=True)
-class Stage:
-    """`repeats` blocks of one kind; the first has the stride and changes the channels."""
-
-    repeats: int
-    kernel: int
-    stride: int
-    expand: int
-    channels: int
-
-
-@dataclass(frozen=True)
-class EfficientNetLiteConfig:
-    """Sizes of an EfficientNet-Lite."""
-
-    stem: int
-    stages: tuple[Stage, ...]
-    head: int
-    classes: int
-    image_size: int
-
-
-LITE0 = EfficientNetLiteConfig(
-    stem=32,
-    stages=(
-        Stage(1, 3, 1, 1, 16),
-        Stage(2, 3, 2, 6, 24),
-        Stage(2, 5, 2, 6, 40),
-        Stage(3, 3, 2, 6, 80),
-        Stage(3, 5, 1, 6, 112),
-        Stage(4, 5, 2, 6, 192),
-        Stage(1, 3, 1, 6, 320),
-    ),
-    head=1280,
-    classes=1000,
-    image_size=224,
-)
+_GRID = 4  # visual tokens on a side
+NUM_TOKENS = _GRID**2
+_NORM_EPS = 1e-5
 
 
 class Pointwise(nnx.Module):
@@ -144,59 +105,31 @@ class EfficientNetLite(nnx.Module):
             x = block(x)
         return jax.nn.relu6(self.head(x))
 
+    def tokens(self, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B 16 head"]:
+        """The last map pooled to 4 x 4 tokens (row by row), each normalised over its channels: a layer norm without
+        parameters, the same for all domains."""
+        features = self.features(images)
+        rows, columns = (jnp.asarray(_bins(size, _GRID)) for size in features.shape[1:3])
+        pooled = jnp.einsum("ih,jw,bhwc->bijc", rows, columns, features, precision="highest")
+        tokens = pooled.reshape(len(images), NUM_TOKENS, -1)
+        centred = tokens - tokens.mean(-1, keepdims=True)
+        return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + _NORM_EPS)
+
     def classify(self, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B classes"]:
         """Logits of the ImageNet classes."""
         return self.classifier(self.features(images).mean((1, 2)))
-
-
-def rules() -> list[Rule]:
-    """The names of the PyTorch release (`_blocks.N._expand_conv.weight` ...), BatchNorm folded on the way."""
-    blocks = "_blocks.{block}."
-    return [
-        *_folded("stem", "_conv_stem", "_bn0", lambda weight: weight.transpose(2, 3, 1, 0)),
-        *_folded("blocks/{block}/expand", f"{blocks}_expand_conv", f"{blocks}_bn0", _pointwise),
-        *_folded("blocks/{block}/depthwise", f"{blocks}_depthwise_conv", f"{blocks}_bn1", _depthwise),
-        *_folded("blocks/{block}/project", f"{blocks}_project_conv", f"{blocks}_bn2", _pointwise),
-        *_folded("head", "_conv_head", "_bn1", _pointwise),
-        Rule("classifier/kernel", ("_fc.weight",), transposed),
-        Rule("classifier/bias", ("_fc.bias",)),
-    ]
-
-
-IGNORE = (r".*\.num_batches_tracked",)
-
-
-def _folded(path: str, conv: str, norm: str, layout) -> list[Rule]:
-    """A convolution and the BatchNorm after it: `kernel * s` and `beta - mean * s`, `s = gamma / sqrt(var + eps)`."""
-
-    def scale(gamma, variance):
-        return gamma / np.sqrt(variance + np.float32(_NORM_EPS))
-
-    return [
-        Rule(
-            f"{path}/kernel",
-            (f"{conv}.weight", f"{norm}.weight", f"{norm}.running_var"),
-            lambda weight, gamma, variance: layout(weight) * scale(gamma, variance),
-        ),
-        Rule(
-            f"{path}/bias",
-            (f"{norm}.bias", f"{norm}.running_mean", f"{norm}.weight", f"{norm}.running_var"),
-            lambda beta, mean, gamma, variance: beta - mean * scale(gamma, variance),
-        ),
-    ]
-
-
-def _pointwise(weight: np.ndarray) -> np.ndarray:
-    """`[out, in, 1, 1]` as `[in, out]`."""
-    return weight[:, :, 0, 0].T
-
-
-def _depthwise(weight: np.ndarray) -> np.ndarray:
-    """`[channels, 1, h, w]` as `[h, w, channels]`."""
-    return weight[:, 0].transpose(1, 2, 0)
 
 
 def _same(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """TF "SAME" padding before and after: the odd pixel goes after."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
+
+
+def _bins(size: int, bins: int) -> np.ndarray:
+    """Averaging matrix `[bins, size]` of adaptive pooling: bin i is floor(i*size/bins) .. ceil((i+1)*size/bins) - 1."""
+    matrix = np.zeros((bins, size), np.float32)
+    for i in range(bins):
+        start, end = i * size // bins, -(-(i + 1) * size // bins)
+        matrix[i, start:end] = 1 / (end - start)
+    return matrix
