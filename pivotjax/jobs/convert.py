@@ -117,6 +117,9 @@ def _write_projector(config: ConvertConfig, out: Path, params: projector.Params,
     if config.to == "hf" or (suffix and config.to == "orbax"):
         raise InputError(f"a projector alone cannot be written to {out} as {config.to}; name a file *.safetensors or "
                          "*.bin, or leave --to out for an Orbax checkpoint")
+    if "bias" not in params["linear_0"] and (suffix or config.to == "llava"):
+        raise InputError(f"the projector of {config.src} has no biases, as LLaVA's mm_projector always has; leave --to "
+                         "out for an Orbax checkpoint")
     info = {key: value for key, value in info.items() if key not in ("format", "fingerprint")}
     if suffix is None and config.to != "llava":
         store.save_projector(out, params, info)
@@ -359,6 +362,9 @@ def _to_llava(config: ConvertConfig, source: Source) -> Target:
                          "such as openai/clip-vit-large-patch14-336")
     tokens = next((found for folder in source.folders if (found := model_source.vocabulary(folder))), {})
     rows = llava_original.original_rows(whole.language.vocab_size, whole.image_token, tokens)
-    made = llava_original.original_settings(settings, named, rows, where) | {"unfreeze_mm_vision_tower": True}
+    made = llava_original.original_settings(settings, named, rows, where, source.original)
+    made |= {"unfreeze_mm_vision_tower": True}
+    if source.original is None and small_files.pads_to_squares(source.folders):
+        made["image_aspect_ratio"] = "pad"
     table = llava_original.resized(llava_original.names(whole), whole.language.vocab_size, rows)
     return Target(made, model_source.entries(table, source.layout.tree))

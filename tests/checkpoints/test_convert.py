@@ -212,6 +212,11 @@ def test_transformers_takes_a_picture_by_what_came_from_the_llava_repository(sav
     done("convert", tmp_path / "llava", tmp_path / "o", "--vision", tmp_path / "vision")
     done("convert", tmp_path / "o", tmp_path / "hf")
 
+    for back in ("o", "hf"):  # and the repository's config.json says so again
+        done("convert", tmp_path / back, tmp_path / f"llava-{back}", "--to", "llava", "--vision", "openai/some-tower")
+        assert config(tmp_path / f"llava-{back}")["image_aspect_ratio"] == "pad"
+    assert config(tmp_path / "llava-o") == fields
+
     processor = hf.LlavaProcessor.from_pretrained(tmp_path / "hf")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 20, 3), np.uint8))
     inputs = processor(images=[picture], text="w3 <image> w5", return_tensors="pt")
@@ -274,15 +279,23 @@ def test_a_trained_projector_takes_its_place(saved, done, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, taken, params)
 
 
-@pytest.mark.parametrize("text", ["text: llama tied", "text: qwen3"])
-def test_a_projector_and_its_two_models_become_a_llava(saved, done, tmp_path, text):
+def test_a_projector_without_biases(saved, done, tmp_path):
+    done("convert", saved("whole: smolvlm"), tmp_path / "p", "--part", "projector")
+    assert store.load_projector(tmp_path / "p").params.keys() == {"linear_0"}
+    done("convert", saved("whole: smolvlm"), tmp_path / "hf", "--to", "hf", "--projector", tmp_path / "p")
+    assert held(tmp_path / "hf") == held(saved("whole: smolvlm"))
+
+
+@pytest.mark.parametrize(("text", "rows"), [("text: llama tied", 24), ("text: qwen3", 24), ("text: qwen3", 20)])
+def test_a_projector_and_its_two_models_become_a_llava(saved, done, tmp_path, text, rows):
     params = projector.init("mlp2x_gelu", 12, 16, jax.random.key(3), 1.0)
     model = {"select_layer": -1, "select_features": "patch", "projector": {"kind": "mlp2x_gelu"}}
     store.save_projector(tmp_path / "p", params, {"config": {"model": model}})
-    parts = ("--vision", saved("tower: clip"), "--language", saved(text))
+    language = saved(text, vocab_size=rows)  # with 20 there is no room for the image token
+    parts = ("--vision", saved("tower: clip"), "--language", language)
     done("convert", tmp_path / "p", tmp_path / "hf", *parts)
     done("convert", tmp_path / "p", tmp_path / "o", *parts, "--to", "orbax")
-    done("convert", saved(text), tmp_path / "text")  # from an Orbax checkpoint of the language model it is the same
+    done("convert", language, tmp_path / "text")  # from an Orbax checkpoint of the language model it is the same
     done("convert", tmp_path / "p", tmp_path / "hf2", *parts[:3], tmp_path / "text")
     assert named(tmp_path / "hf2") == named(tmp_path / "hf")
 
@@ -345,6 +358,7 @@ def test_what_cannot_be_is_refused_in_one_line(saved, refused, done, tmp_path):
         ("convert", llava, out, "--projector", tmp_path / "p"): "does not fit as the model's projector",
         ("convert", llava, out, "--projector", llava): "is no projector alone",
         ("convert", llava, out, "--projector", tmp_path / "none"): "no projector at",
+        ("convert", saved("whole: smolvlm"), tmp_path / "x.bin", "--part", "projector"): "has no biases",
         ("convert", llava, out, "--language", llava): "goes with a projector alone",
         ("convert", tmp_path / "p", out, "--vision", saved("tower: clip")): "both --vision and --language",
         ("convert", tmp_path / "p", out, "--to", "hf"): "cannot be written to",
