@@ -124,7 +124,15 @@ def _write_projector(config: ConvertConfig, out: Path, params: projector.Params,
     if suffix is None and config.to != "llava":
         store.save_projector(out, params, info)
         return
-    file = out if suffix else out / f"mm_projector.{'bin' if config.bin else 'safetensors'}"
+    if suffix:
+        _write_torch(out, params, info)
+        return
+    with files.atomic_path(out) as folder:
+        folder.mkdir()
+        _write_torch(folder / f"mm_projector.{'bin' if config.bin else 'safetensors'}", params, info)
+
+
+def _write_torch(file: Path, params: projector.Params, info: dict[str, Any]) -> None:
     tensor_names = info.get("tensor_names")
     if file.suffix == ".bin":
         pickles.write_state_dict(file, torch_bridge.to_torch(params, tensor_names))
@@ -270,7 +278,7 @@ def _write_model(config: ConvertConfig, out: Path | epath.Path, source: Source) 
         return
     with files.atomic_path(out) as folder:
         if to == "orbax":
-            with model_store.OrbaxWriter(folder, _info(source, target)) as writer:
+            with model_store.OrbaxWriter(folder, _info(source, target), out) as writer:
                 move(steps, writer, what)
             (folder / model_store.FILES).mkdir()
             small_files.write(source, folder / model_store.FILES)
@@ -289,7 +297,7 @@ def _write_to_bucket(
     out: epath.Path, source: Source, target: Target, steps: Sequence[Step], what: str
 ) -> None:
     """An Orbax checkpoint that is there when Orbax has finished it; its small files follow."""
-    with model_store.OrbaxWriter(out, _info(source, target)) as writer:
+    with model_store.OrbaxWriter(out, _info(source, target), out) as writer:
         move(steps, writer, what)
     with tempfile.TemporaryDirectory() as folder:
         small_files.write(source, Path(folder))

@@ -34,7 +34,7 @@ def kind_of(path: Path) -> Kind:
     """
     if not path.exists():
         raise InputError(f"no checkpoint at {path}; for a model of the Hugging Face hub write hf://OWNER/NAME, or add "
-                         "--download (nothing is downloaded otherwise)")
+                         "--download to convert (nothing is downloaded otherwise)")
     if path.is_file():
         with tensors.open_checkpoint(path) as checkpoint:
             return _kind_of_file(checkpoint)
