@@ -368,6 +368,7 @@ def test_what_cannot_be_is_refused_in_one_line(saved, refused, done, tmp_path):
         ("convert", tmp_path / "p", out, "--vision", saved("tower: clip")): "both --vision and --language",
         ("convert", tmp_path / "p", out, "--to", "hf"): "cannot be written to",
         ("convert", llava, out, "--shard-size", "big"): "'big' is no size",
+        ("convert", llava, out, "--bin"): "--bin goes with --to llava",
         ("convert", llava, out, "--revision", "main"): "--revision main goes with a model of the hub",
         ("convert", tmp_path / "p", out, "--vision", saved("tower: clip"), "--language", saved("tower: clip")):
             "--vision must be",
