@@ -11,14 +11,11 @@ cache before each measurement, so both sides read from the disk.
 """
 
 import argparse
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
+import disk
 import ml_dtypes
 import numpy as np
 
@@ -60,51 +57,10 @@ def make(folder: Path, name: str, seed: int, specs: dict[str, Spec], shard: int)
     return path
 
 
-def forget(paths: list[Path]) -> None:
-    """Drops files from the page cache."""
-    for path in paths:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def copy_seconds(inputs: list[Path], out: Path, nbytes: int) -> tuple[float, float]:
-    """Seconds that dd takes to read the inputs, and to write as many bytes as the merge does."""
-    forget(inputs)
-    started = time.monotonic()
-    for path in inputs:
-        _dd(f"if={path}", "of=/dev/null")
-    read = time.monotonic()
-    _dd("if=/dev/zero", f"of={out}", f"count={nbytes}", "iflag=count_bytes", "conv=fsync")
-    done = time.monotonic()
-    out.unlink()
-    return read - started, done - read
-
-
-def _dd(*args: str) -> None:
-    subprocess.run(["dd", "bs=16M", *args], check=True, stderr=subprocess.DEVNULL)
-
-
 def merged(method: str, base: Path, experts: list[Path], out: Path, chunk: str) -> tuple[float, int]:
     """Seconds and peak RssAnon of one merge by the command line."""
-    command = [sys.executable, "-m", "pivotjax.cli", "merge", "--method", method, "--experts", *map(str, experts),
-               "--out", str(out), "--chunk", chunk, *([] if method == "linear" else ["--base", str(base)])]
-    started, peak = time.monotonic(), 0
-    with subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}) as process:
-        while process.poll() is None:
-            peak = max(peak, _anonymous(process.pid))
-            time.sleep(0.01)
-    if process.returncode:
-        sys.exit(f"the merge failed: {' '.join(command)}")
-    return time.monotonic() - started, peak
-
-
-def _anonymous(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+    return disk.measured(["merge", "--method", method, "--experts", *map(str, experts), "--out", str(out),
+                          "--chunk", chunk, *([] if method == "linear" else ["--base", str(base)])])  # fmt: skip
 
 
 def main() -> None:
@@ -130,8 +86,8 @@ def main() -> None:
         for method in args.methods:
             inputs = [path for model in (experts if method == "linear" else [base, *experts])
                       for path in sorted(model.glob("*.safetensors"))]
-            read, write = copy_seconds(inputs, folder / "written", nbytes)
-            forget(inputs)
+            read, write = disk.read_seconds(inputs), disk.write_seconds(folder / "written", nbytes)
+            disk.forget(inputs)
             seconds, peak = merged(method, base, experts, folder / "out", args.chunk)
             shutil.rmtree(folder / "out")
             moved = nbytes + sum(path.stat().st_size for path in inputs)

@@ -67,6 +67,8 @@ def run(command: str, args: list[str]) -> None:
 def _quiet() -> None:
     """Library chatter stays out of the user's sight; errors do not."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", module=r"orbax\.")
     from absl import logging as absl_logging
@@ -80,6 +82,12 @@ def _quiet() -> None:
         ("asyncio", logging.CRITICAL),
     ):
         logging.getLogger(name).setLevel(level)
+
+
+def _unraisable(found: "sys.UnraisableHookArgs") -> None:
+    """Threads of a save that failed (the disk is full) still report to Orbax's event loop when that is closed."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 if __name__ == "__main__":

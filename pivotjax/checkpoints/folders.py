@@ -13,6 +13,7 @@ from pivotjax.files import read_json, within
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 CONFIG = "config.json"
+_DTYPE = ("torch_dtype", "dtype")  # fields of config.json; transformers' older and newer name
 _SMALL = 64_000_000  # bytes; larger files beside a model are not copied
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 _OURS = ("README.md", "config.yaml", "merge_report.json", INDEX, PICKLED_INDEX)
@@ -75,9 +76,14 @@ def copy_small_files(
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A model's config that names the dtype of its weights now."""
-    words = [word for word in ("torch_dtype", "dtype") if word in config] or ["torch_dtype"]
-    return {**config, **dict.fromkeys(words, dtype)}
+    """A model's config that names the dtype of its weights now; those of its parts too, where they name one."""
+    words = [word for word in _DTYPE if word in config] or [_DTYPE[0]]
+    parts = {
+        key: with_dtype(value, dtype)
+        for key, value in config.items()
+        if isinstance(value, dict) and any(word in value for word in _DTYPE)
+    }
+    return {**config, **parts, **dict.fromkeys(words, dtype)}
 
 
 def write_config(folder: Path, config: Any) -> None:

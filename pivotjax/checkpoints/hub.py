@@ -10,8 +10,9 @@ from pivotjax.progress import say
 
 _HUB, _BUCKET = "hf://", "gs://"
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Everything but weights in formats that are not read, and other copies of them.
+# Weights in formats that are not read, and other copies of them.
 _NOT_WANTED = ("*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.pth", "*.tflite", "original/*", "onnx/*", "*/*.bin")
+_PICKLES = ("*.bin", "*.pt")
 
 
 def located(where: str, download: bool = False, revision: str | None = None) -> Path | epath.Path:
@@ -47,11 +48,8 @@ def _downloaded(name: str, revision: str | None) -> Path:
 
     say(f"downloading {name} from the Hugging Face hub (what is there already is kept)")
     try:
-        found = huggingface_hub.list_repo_files(name, revision=revision)
-        # Pickles only where there is nothing better.
-        better = any(file.endswith(".safetensors") and "/" not in file for file in found)
-        ignore = [*_NOT_WANTED, *(["*.bin", "*.pt"] if better else [])]
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=ignore))
+        unwanted = [*_NOT_WANTED, *(_PICKLES if _has_safetensors(name, revision) else ())]
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=unwanted))
     except errors.GatedRepoError as error:
         raise InputError(f"{name} is gated: accept its terms on the hub, and log in with `hf auth login`") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
@@ -60,3 +58,16 @@ def _downloaded(name: str, revision: str | None) -> Path:
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot download {name}: {reason}; the same command goes on where this ended") from error
+
+
+def _has_safetensors(name: str, revision: str | None) -> bool:
+    """Whether the pickles beside them are not needed."""
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.list_repo_files(name, revision=revision)
+    except huggingface_hub.errors.HfHubHTTPError:
+        raise
+    except Exception:  # whatever its HTTP library raises without a connection: what is in the cache must be enough
+        return True
+    return any(file.endswith(".safetensors") and "/" not in file for file in found)

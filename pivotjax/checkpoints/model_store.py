@@ -5,6 +5,7 @@ custom metadata `{"format": 1, "kind": "model", "family": ..., "config": config.
 files of the model (tokenizer, image processor, templates) lie in its folder `files`.
 """
 
+import contextlib
 import threading
 import zlib
 from collections.abc import Mapping
@@ -148,10 +149,12 @@ class OrbaxWriter:
     Args:
         path: what the checkpoint will be; nothing is there before all is written.
         info: custom metadata (JSON): "family", "config", and what else should be known of the model.
+        where: names the checkpoint in errors.
     """
 
-    def __init__(self, path: Path | epath.Path, info: Mapping[str, Any]):
+    def __init__(self, path: Path | epath.Path, info: Mapping[str, Any], where: Path | epath.Path):
         self._path, self._info = _absolute(path), {"format": FORMAT, "kind": "model"} | dict(info)
+        self._where = where
         self._tree: dict[str, Any] = {}
         self._crc32: dict[str, int] = {}
         self._held, self._saving = 0, None
@@ -173,14 +176,14 @@ class OrbaxWriter:
         saving.use_compression = False  # trained weights hardly shrink
         saving.enable_post_merge_validation = False
         context.memory.deepcopy_host_arrays = False
-        with store.disk_errors(self._path), context:
+        with store.disk_errors(self._where), context:
             about = self._info | {"crc32": self._crc32}  # Orbax joins those of all parts
             self._saving = ocp.partial.save_async(self._path, self._tree, custom_metadata=about)
         self._tree, self._crc32, self._held = {}, {}, 0
 
     def _wait(self) -> None:
         if self._saving is not None:
-            with store.disk_errors(self._path):
+            with store.disk_errors(self._where):
                 self._saving.result()
 
     def __enter__(self) -> "OrbaxWriter":
@@ -189,12 +192,13 @@ class OrbaxWriter:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is not None:
             if self._saving is not None:
-                self._saving.result()  # it must not write on while its folder is removed
+                with contextlib.suppress(Exception):  # what went wrong first is told
+                    self._saving.result()  # it must not write on while its folder is removed
             return
         if self._tree:
             self._save()
         self._wait()
-        with store.disk_errors(self._path):
+        with store.disk_errors(self._where):
             ocp.partial.finalize(self._path)
 
 

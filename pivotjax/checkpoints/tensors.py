@@ -62,8 +62,8 @@ class _Place(NamedTuple):
 class _File:
     """An open file that hashes itself while it is read: what is read in order is hashed on the way, by a thread."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, hashed: bool):
+        self.path, self._hashes = path, hashed
         try:
             self._handle = open(path, "rb", buffering=0)
             self.size = os.fstat(self._handle.fileno()).st_size
@@ -89,13 +89,14 @@ class _File:
                 raise InputError(f"{self.path} became shorter while it was read; get it again")
             rest, position = rest[got:], position + got
         with self._order:
-            if begin == self._hashed:
+            if self._hashes and begin == self._hashed:
                 self._hashing.result()  # one piece waits at most
                 self._hashing, self._hashed = self._hasher.submit(self._sha.update, data), end
         return data
 
     def sha256(self) -> str:
         """Of the whole file; what has not been read in order is read now."""
+        self._hashes = True
         while self._hashed < self.size:
             self.read(self._hashed, min(self._hashed + _BLOCK, self.size))
         self._hashing.result()
@@ -109,7 +110,8 @@ class _File:
 class Checkpoint(Mapping[str, np.ndarray]):
     """Tensors by name, from one or more files; a mapping that reads when it is asked. A context manager.
 
-    Several threads may read. One that reads in the order of the bytes (`position`) has the files hashed on the way.
+    Several threads may read. One that reads in the order of the bytes (`position`) has the files hashed on the way if
+    they were opened so.
     """
 
     def __init__(self, path: Path, specs: dict[str, Spec], places: dict[str, _Place], opened: list[_File]):
@@ -187,25 +189,28 @@ class Memory(Checkpoint):
         return {self.path.name: self._sha256}
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a file or folder of tensors; InputError if it is missing, truncated or lies about itself."""
+def open_checkpoint(path: Path, hashed: bool = True) -> Checkpoint:
+    """Opens a file or folder of tensors; InputError if it is missing, truncated or lies about itself.
+
+    `hashed`: its SHA-256 will be asked for, so what is read is hashed at once.
+    """
     path = Path(path)
     if path.is_dir():
-        return _open_files(path, *folders.weight_files(path))
+        return _open_files(path, *folders.weight_files(path), hashed)
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}; give a safetensors file, a model folder, or a torch .bin file")
     if path.suffix in PICKLES and pickles.find_tensors(path) is None:
         return Memory(path, pickles.read_state_dict(path), files.sha256(path))
-    return _open_files(path, [path], None)
+    return _open_files(path, [path], None, hashed)
 
 
-def _open_files(path: Path, shards: list[Path], index: Mapping[str, str] | None) -> Checkpoint:
+def _open_files(path: Path, shards: list[Path], index: Mapping[str, str] | None, hashed: bool) -> Checkpoint:
     specs: dict[str, Spec] = {}
     places: dict[str, _Place] = {}
     opened: list[_File] = []
     try:
         for shard in shards:
-            file = _File(shard)
+            file = _File(shard, hashed)
             opened.append(file)
             found, within = _pickled(file) if shard.suffix in PICKLES else _header(file)
             twice = next((name for name in found if name in specs), None)

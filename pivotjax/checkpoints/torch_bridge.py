@@ -27,8 +27,7 @@ def names_a_projector(names: Iterable[str]) -> bool:
     if not found or not all(found):
         return False
     held = {(int(one["index"] or 0), one["leaf"]) for one in found}
-    leaves = {leaf for _, leaf in held}
-    return "weight" in leaves and held == {(2 * i, leaf) for i in range(len(found) // len(leaves)) for leaf in leaves}
+    return held == {(2 * i, leaf) for i in range(len(found) // 2) for leaf in ("weight", "bias")}
 
 
 def to_torch(params: projector.Params, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -44,8 +43,8 @@ def to_torch(params: projector.Params, names: Iterable[str] | None = None) -> di
         return tensors
     for i in range(len(params)):
         stem = _PREFIX if len(params) == 1 else f"{_PREFIX}{2 * i}."
-        layer = params[f"linear_{i}"]
-        tensors |= {f"{stem}{leaf}": _torch_leaf(layer, leaf) for leaf in ("weight", "bias")[: len(layer)]}
+        for leaf in ("weight", "bias"):
+            tensors[f"{stem}{leaf}"] = _torch_leaf(params[f"linear_{i}"], leaf)
     return tensors
 
 
@@ -69,8 +68,7 @@ def from_torch(tensors: dict[str, np.ndarray], where: str) -> projector.Params:
         layer = params.setdefault(f"linear_{int(found['index'] or 0) // 2}", {})
         layer["kernel" if found["leaf"] == "weight" else "bias"] = value.T if found["leaf"] == "weight" else value
     names = [f"linear_{i}" for i in range(len(params))]
-    leaves = [set(params.get(name, ())) for name in names]
-    if not leaves or leaves[0] not in ({"kernel", "bias"}, {"kernel"}) or any(one != leaves[0] for one in leaves):
+    if not params or any(set(params.get(name, ())) != {"kernel", "bias"} for name in names):
         raise InputError(
             f"{where}: layers {sorted(params)} are not a whole projector (weight and bias of each of 0, 2, ...)"
         )

@@ -16,11 +16,11 @@ from pivotjax import __version__, files
 from pivotjax import config as configs
 from pivotjax.checkpoints import folders, hub, model_store, names, pickles, store, torch_bridge
 from pivotjax.checkpoints.moving import Step, Writer, in_order, move
-from pivotjax.checkpoints.names import Entry, Transform
+from pivotjax.checkpoints.names import Entry
 from pivotjax.checkpoints.tensors import ShardedWriter, Spec, sharded
 from pivotjax.errors import InputError
-from pivotjax.jobs import model_source, small_files
-from pivotjax.jobs.model_source import Held, Layout, Source
+from pivotjax.jobs import joined_model, model_source, small_files
+from pivotjax.jobs.model_source import Held, Source
 from pivotjax.models import projector
 from pivotjax.models.multimodal import llava_original
 from pivotjax.progress import say
@@ -53,7 +53,7 @@ class ConvertConfig:
     vision: str | None = None
     """Folder of the vision tower, where SRC has none inside. With --to llava: what LLaVA will open its tower by, a hub
     id or a path."""
-    language: Path | None = None
+    language: str | None = None
     """Folder of the language model, where SRC is a projector alone."""
     bin: bool = False
     """Write the projector as mm_projector.bin (with --to llava; beside the model's files where there is a model)."""
@@ -76,6 +76,8 @@ def run(config: ConvertConfig) -> None:
     path, out = hub.located(config.src, config.download, config.revision), hub.path_of(config.dst)
     if out.exists():
         raise InputError(f"{out} exists already; give another name, or remove it")
+    if config.bin and config.to != "llava":
+        raise InputError("--bin goes with --to llava; a projector alone is written as a pickle where DST ends in .bin")
     kind = model_source.kind_of(path)
     if kind == "projector":
         found = model_source.read_projector(path)
@@ -83,7 +85,11 @@ def run(config: ConvertConfig) -> None:
             _write_projector(config, out, found.params, _taken_from(path) | found.info)
             say(f"wrote {out}")
             return
-        source, config = _assembled(config, path, found), replace(config, to=config.to or "hf")
+        if config.vision is None or config.language is None:
+            raise InputError("a model is made of a projector with both --vision and --language, the folders of its "
+                             "parts")
+        parts = hub.located(config.vision), hub.located(config.language)
+        source, config = joined_model.join(path, found, *parts), replace(config, to=config.to or "hf")
     elif kind == "model":
         source = _opened(config, path)
     else:
@@ -117,11 +123,22 @@ def _write_projector(config: ConvertConfig, out: Path, params: projector.Params,
     if config.to == "hf" or (suffix and config.to == "orbax"):
         raise InputError(f"a projector alone cannot be written to {out} as {config.to}; name a file *.safetensors or "
                          "*.bin, or leave --to out for an Orbax checkpoint")
+    if "bias" not in params["linear_0"] and (suffix or config.to == "llava"):
+        raise InputError(f"the projector of {config.src} has no biases, as LLaVA's mm_projector always has; leave --to "
+                         "out for an Orbax checkpoint")
     info = {key: value for key, value in info.items() if key not in ("format", "fingerprint")}
     if suffix is None and config.to != "llava":
         store.save_projector(out, params, info)
         return
-    file = out if suffix else out / f"mm_projector.{'bin' if config.bin else 'safetensors'}"
+    if suffix:
+        _write_torch(out, params, info)
+        return
+    with files.atomic_path(out) as folder:
+        folder.mkdir()
+        _write_torch(folder / f"mm_projector.{'bin' if config.bin else 'safetensors'}", params, info)
+
+
+def _write_torch(file: Path, params: projector.Params, info: dict[str, Any]) -> None:
     tensor_names = info.get("tensor_names")
     if file.suffix == ".bin":
         pickles.write_state_dict(file, torch_bridge.to_torch(params, tensor_names))
@@ -152,10 +169,10 @@ def _projector_in(source: Source) -> projector.Params:
 
 def _opened(config: ConvertConfig, path: Path) -> Source:
     """A model from disk, with the projector that was asked for, and only the part that was."""
-    tower = None if config.vision is None or config.to == "llava" else Path(config.vision)
-    source = model_source.open_source(path, tower, images_only=config.part == "vision")
     if config.language is not None:
         raise InputError("--language goes with a projector alone; this SRC is a model already")
+    tower = None if config.vision is None or config.to == "llava" else hub.located(config.vision)
+    source = model_source.open_source(path, tower, images_only=config.part == "vision")
     if config.projector is not None:
         source = model_source.with_projector(source, config.projector)
     if config.part in ("language", "vision") and source.layout.parts != (config.part,):
@@ -175,67 +192,6 @@ def _part(source: Source, part: str) -> Source:
         own = dtypes | settings["vision_config"] | {"model_type": whole.vision_type}
     layout = model_source.layout(own, str(source.path))
     return replace(source, layout=layout, held=model_source.fitting(source, part, layout), original=None)
-
-
-def _assembled(config: ConvertConfig, path: Path, found: store.Projector) -> Source:
-    """A whole model of a projector, a vision tower and a language model."""
-    if config.vision is None or config.language is None:
-        raise InputError("a model is made of a projector with both --vision and --language, the folders of its parts")
-    tower = model_source.open_source(Path(config.vision), images_only=True)
-    text = model_source.open_source(config.language)
-    if tower.layout.parts != ("vision",) or text.layout.parts != ("language",):
-        raise InputError("--vision must be the folder of a CLIP or SigLIP, and --language that of a language model")
-    rows = text.layout.config.language.vocab_size
-    image_token = llava_original.image_token_of(rows, model_source.vocabulary(text.folders[0]))
-    settings = _joined_settings(text.layout, tower.layout, found, image_token)
-    whole = model_source.with_image_token(settings, image_token, str(path))
-    held = _with_rows(text, whole)
-    held |= model_source.fitting(tower, "vision", whole)
-    held |= model_source.fitting(model_source.of_projector(path, found.params), "projector", whole)
-    return Source(path, "hf", whole, held, (*text.folders[:1], *tower.folders[:1]), lacks_files=True)
-
-
-def _with_rows(text: Source, whole: Layout) -> dict[str, Held]:
-    """A language model's parameters with as many rows of the vocabulary as the whole model has."""
-    ours, theirs = whole.config.language.vocab_size, text.layout.config.language.vocab_size
-    if ours == theirs:
-        return dict(text.held)
-    tree = {"language": whole.tree["language"]}
-    plain = model_source.entries(text.layout.names, tree)
-    grown = model_source.entries(llava_original.resized(text.layout.names, ours, theirs), tree)
-
-    def one(path: str, held: Held) -> Held:
-        if grown[path].transform is plain[path].transform:
-            return held
-        read, back, there = held.transform.forward, plain[path].transform.inverse, grown[path].transform.forward
-        return held._replace(shape=grown[path].shape, transform=Transform(lambda *t: there(back(read(*t))), None))
-
-    return {path: one(path, held) for path, held in text.held.items()}
-
-
-def _joined_settings(text: Layout, tower: Layout, found: store.Projector, image_token: int) -> dict[str, Any]:
-    """config.json of a LLaVA, from those of its parts and what the projector's checkpoint says of its features."""
-    trained = (found.info.get("config") or {}).get("model") or {}
-    depth = len(found.params)
-    kind = (trained.get("projector") or {}).get("kind") or ("linear" if depth == 1 else f"mlp{depth}x_gelu")
-    drop_first = tower.config.has_class_token and trained.get("select_features", "patch") == "patch"
-    made = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "image_seq_length": tower.config.num_patches + tower.config.has_class_token - drop_first,
-        "image_token_index": image_token,
-        "model_type": "llava",
-        "multimodal_projector_bias": "bias" in found.params["linear_0"],
-        "projector_hidden_act": "gelu",
-        "text_config": {key: value for key, value in text.settings.items() if key != "architectures"},
-        "tie_word_embeddings": text.config.language.tie_embeddings,
-        "vision_config": {key: value for key, value in tower.settings.items() if key != "architectures"},
-        "vision_feature_layer": trained.get("select_layer", -2),
-        "vision_feature_select_strategy": "default" if drop_first else "full",
-    }
-    if kind != "mlp2x_gelu":
-        say(f"note: transformers' LLaVA has a projector of two layers, this one is {kind}: pivotjax reads it")
-        made["mm_projector_type"] = kind
-    return made | {key: text.settings[key] for key in ("torch_dtype", "dtype") if key in text.settings}
 
 
 # Where it goes.
@@ -267,7 +223,7 @@ def _write_model(config: ConvertConfig, out: Path | epath.Path, source: Source) 
         return
     with files.atomic_path(out) as folder:
         if to == "orbax":
-            with model_store.OrbaxWriter(folder, _info(source, target)) as writer:
+            with model_store.OrbaxWriter(folder, _info(source, target), out) as writer:
                 move(steps, writer, what)
             (folder / model_store.FILES).mkdir()
             small_files.write(source, folder / model_store.FILES)
@@ -282,11 +238,9 @@ def _write_model(config: ConvertConfig, out: Path | epath.Path, source: Source) 
                 _write_projector(config, folder / "mm_projector.bin", _projector_in(source), {})
 
 
-def _write_to_bucket(
-    out: epath.Path, source: Source, target: Target, steps: Sequence[Step], what: str
-) -> None:
+def _write_to_bucket(out: epath.Path, source: Source, target: Target, steps: Sequence[Step], what: str) -> None:
     """An Orbax checkpoint that is there when Orbax has finished it; its small files follow."""
-    with model_store.OrbaxWriter(out, _info(source, target)) as writer:
+    with model_store.OrbaxWriter(out, _info(source, target), out) as writer:
         move(steps, writer, what)
     with tempfile.TemporaryDirectory() as folder:
         small_files.write(source, Path(folder))
@@ -357,8 +311,11 @@ def _to_llava(config: ConvertConfig, source: Source) -> Target:
     if not named:
         raise InputError("--to llava needs --vision: the hub id or path by which LLaVA will open its vision tower, "
                          "such as openai/clip-vit-large-patch14-336")
-    tokens = next((found for folder in source.folders if (found := model_source.vocabulary(folder))), {})
+    tokens = model_source.vocabulary(source.folders[0])
     rows = llava_original.original_rows(whole.language.vocab_size, whole.image_token, tokens)
-    made = llava_original.original_settings(settings, named, rows, where) | {"unfreeze_mm_vision_tower": True}
+    made = llava_original.original_settings(settings, named, rows, where, source.original)
+    made |= {"unfreeze_mm_vision_tower": True}
+    if source.original is None and small_files.pads_to_squares(source.folders):
+        made["image_aspect_ratio"] = "pad"
     table = llava_original.resized(llava_original.names(whole), whole.language.vocab_size, rows)
     return Target(made, model_source.entries(table, source.layout.tree))

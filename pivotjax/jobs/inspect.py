@@ -73,7 +73,7 @@ def _projector(path: Path) -> dict[str, Any]:
 def _model(path: Path) -> dict[str, Any]:
     """A model whose family is known; where it is not (or does not match), what its files hold."""
     try:
-        source = model_source.open_source(path, images_only=True)
+        source = model_source.open_source(path, images_only=True, hashed=True)
     except InputError as error:
         if store.is_orbax(path):
             raise

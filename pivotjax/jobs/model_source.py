@@ -34,7 +34,7 @@ def kind_of(path: Path) -> Kind:
     """
     if not path.exists():
         raise InputError(f"no checkpoint at {path}; for a model of the Hugging Face hub write hf://OWNER/NAME, or add "
-                         "--download (nothing is downloaded otherwise)")
+                         "--download to convert (nothing is downloaded otherwise)")
     if path.is_file():
         with tensors.open_checkpoint(path) as checkpoint:
             return _kind_of_file(checkpoint)
@@ -164,13 +164,14 @@ class Source:
             checkpoint.close()
 
 
-def open_source(path: Path, tower: Path | None = None, images_only: bool = False) -> Source:
+def open_source(path: Path, tower: Path | None = None, images_only: bool = False, hashed: bool = False) -> Source:
     """Opens a model: an Orbax checkpoint, a Hugging Face folder, or a checkpoint of the LLaVA repository.
 
     Args:
         path: the folder.
         tower: folder of the vision tower, for a checkpoint of the LLaVA repository.
         images_only: of a CLIP or SigLIP with two towers take that for images.
+        hashed: the files' SHA-256 will be asked for.
 
     Raises:
         InputError: it is not whole, of an unknown family, or its tensors do not match its config.
@@ -183,11 +184,12 @@ def open_source(path: Path, tower: Path | None = None, images_only: bool = False
     files.check_links(path)
     settings, where = _settings(path), str(path / folders.CONFIG)
     if isinstance(settings, Mapping) and llava_original.is_original(settings):
-        return _open_original(path, settings, tower)
+        return _open_original(path, settings, tower, hashed)
     if images_only and isinstance(settings, Mapping) and _has_two_towers(settings):
-        return _open_tower(path, settings, where)
+        return _open_tower(path, settings, where, hashed)
     found = layout(settings, where)
-    return Source(path, "hf", found, _held(tensors.open_checkpoint(path), found.names, found.tree, str(path)), (path,))
+    held = _held(tensors.open_checkpoint(path, hashed), found.names, found.tree, str(path))
+    return Source(path, "hf", found, held, (path,))
 
 
 def _settings(folder: Path) -> Any:
@@ -220,46 +222,34 @@ def _check_shape(entry: names.Entry, found: tuple[int, ...], name: str, where: s
     raise InputError(f"{where}: {name} has shape {list(found)}; the model's config needs {list(entry.given)}")
 
 
-def _open_tower(path: Path, settings: Mapping[str, Any], where: str) -> Source:
+def _open_tower(path: Path, settings: Mapping[str, Any], where: str, hashed: bool) -> Source:
     """The image tower of a CLIP or SigLIP that has a text tower too."""
     layout_of_it = layout(llava_original.tower_settings(settings, where), where)
     whole = vision.FAMILIES[settings["model_type"]]
     table = whole.names(layout_of_it.config).within("vision", "")
-    held = _held(tensors.open_checkpoint(path), table, layout_of_it.tree, str(path))
+    held = _held(tensors.open_checkpoint(path, hashed), table, layout_of_it.tree, str(path))
     return Source(path, "hf", layout_of_it, held, (path,))
 
 
-def _open_original(path: Path, settings: Mapping[str, Any], tower: Path | None) -> Source:
+def _open_original(path: Path, settings: Mapping[str, Any], tower: Path | None, hashed: bool) -> Source:
     """The LLaVA repository's layout; the tower is in the checkpoint or in its own folder, its config always there."""
     where = str(path / folders.CONFIG)
-    tower = _tower_folder(path, settings, tower)
+    tower = llava_original.tower_folder(path, settings, tower)
+    files.check_links(tower)
     of_tower = llava_original.tower_settings(_settings(tower), str(tower / folders.CONFIG))
     rows = Settings(settings, where).size("vocab_size")
     image_token = llava_original.image_token_of(rows, vocabulary(path))
     made = llava_original.hugging_face_settings(settings, of_tower, image_token, where)
     found = with_image_token(made, image_token, where)
-    checkpoint = tensors.open_checkpoint(path)
+    checkpoint = tensors.open_checkpoint(path, hashed)
     inside = any(name.startswith(llava_original.TOWER) for name in checkpoint)
     table = llava_original.names(found.config, tower=inside)
     table = llava_original.resized(table, found.config.language.vocab_size, rows)
     own = {part: tree for part, tree in found.tree.items() if inside or part != "vision"}
     held = _held(checkpoint, table, own, str(path))
     if not inside:
-        with_tower = open_source(tower, images_only=True)
-        held |= fitting(with_tower, "vision", found)
+        held |= fitting(open_source(tower, images_only=True, hashed=hashed), "vision", found)
     return Source(path, "llava", found, held, (path, tower), settings, lacks_files=True)
-
-
-def _tower_folder(path: Path, settings: Mapping[str, Any], tower: Path | None) -> Path:
-    named = settings.get("mm_vision_tower") or ""
-    if tower is None and named and (path / named).is_dir():  # absolute, or beside the checkpoint's files
-        return path / named
-    if tower is None:
-        raise InputError(f"{path} names its vision tower {named!r}, which is no folder here; give it by --vision")
-    if not tower.is_dir():
-        raise InputError(f"there is no vision tower at {tower}; give the folder of a CLIP or SigLIP")
-    files.check_links(tower)
-    return tower
 
 
 def with_image_token(settings: Mapping[str, Any], image_token: int, where: str) -> Layout:
@@ -325,8 +315,7 @@ def read_projector(path: Path) -> store.Projector:
     if found.projector is None:
         raise InputError(f"{path} is no projector alone; --part projector takes one out of a model")
     params, info = found.projector
-    usual = torch_bridge.to_torch(params)
-    if found.checkpoint is None or found.checkpoint.keys() == usual.keys():
+    if found.checkpoint is None or found.checkpoint.keys() == torch_bridge.to_torch(params).keys():
         return found.projector
     return store.Projector(params, info | {"tensor_names": list(found.checkpoint)})
 

@@ -1,6 +1,7 @@
 """What lies beside a converted model's weights: tokenizer, image processor, templates."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ def _add_image_token(folder: Path, number: int) -> None:
         config = files.read_json(folder / _TOKENIZER_CONFIG)
         config.setdefault("added_tokens_decoder", {})[str(number)] = added
         _write(folder / _TOKENIZER_CONFIG, config)
+
+
+def pads_to_squares(places: Iterable[Path]) -> bool:
+    """Whether transformers' image processor of a LLaVA does what LLaVA calls `image_aspect_ratio: pad`."""
+    for file in (folder / name for folder in places for name in (WHOLE_PROCESSOR, PROCESSOR)):
+        fields = files.read_json(file) if file.is_file() else {}
+        fields = fields.get("image_processor") or fields
+        if "image_processor_type" in fields:
+            return fields["image_processor_type"].startswith("LlavaImage") and bool(fields.get("do_pad"))
+    return False
 
 
 def _write_processor(source: Source, folder: Path) -> None:

@@ -1,7 +1,11 @@
 """`pivotjax convert`: nothing is lost on any way and back, and transformers and torch read what is written."""
 
 import json
+import os
 import re
+import resource
+import signal
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ from etils import epath
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch_file
 
-from pivotjax.checkpoints import hub, model_store, moving, pickles, store, tensors, torch_bridge
+from pivotjax.checkpoints import hub, model_store, moving, names, pickles, store, tensors, torch_bridge
 from pivotjax.models import language, multimodal, projector, vision
 from pivotjax.models.multimodal import load_model
 
@@ -137,7 +141,8 @@ def test_dtype_casts_floats_and_says_so(saved, done, tmp_path, to):
     if to == "orbax":
         done("convert", tmp_path / "out", tmp_path / "hf")
     folder = tmp_path / ("hf" if to == "orbax" else "out")
-    assert config(folder) == config(saved("whole: llava")) | {"dtype": "bfloat16"}
+    expected = json.dumps(config(saved("whole: llava")))
+    assert json.dumps(config(folder)) == expected.replace('"dtype": "float32"', '"dtype": "bfloat16"') != expected
     found, before = (load_torch_file(one / "model.safetensors") for one in (folder, saved("whole: llava")))
     key = "language_model.model.embed_tokens.weight"
     assert all(tensor.dtype == torch.bfloat16 for tensor in found.values())
@@ -212,6 +217,11 @@ def test_transformers_takes_a_picture_by_what_came_from_the_llava_repository(sav
     done("convert", tmp_path / "llava", tmp_path / "o", "--vision", tmp_path / "vision")
     done("convert", tmp_path / "o", tmp_path / "hf")
 
+    for back in ("o", "hf"):  # and the repository's config.json says so again
+        done("convert", tmp_path / back, tmp_path / f"llava-{back}", "--to", "llava", "--vision", "openai/some-tower")
+        assert config(tmp_path / f"llava-{back}")["image_aspect_ratio"] == "pad"
+    assert config(tmp_path / "llava-o") == fields
+
     processor = hf.LlavaProcessor.from_pretrained(tmp_path / "hf")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 20, 3), np.uint8))
     inputs = processor(images=[picture], text="w3 <image> w5", return_tensors="pt")
@@ -274,15 +284,23 @@ def test_a_trained_projector_takes_its_place(saved, done, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, taken, params)
 
 
-@pytest.mark.parametrize("text", ["text: llama tied", "text: qwen3"])
-def test_a_projector_and_its_two_models_become_a_llava(saved, done, tmp_path, text):
+def test_a_projector_without_biases(saved, done, tmp_path):
+    done("convert", saved("whole: smolvlm"), tmp_path / "p", "--part", "projector")
+    assert store.load_projector(tmp_path / "p").params.keys() == {"linear_0"}
+    done("convert", saved("whole: smolvlm"), tmp_path / "hf", "--to", "hf", "--projector", tmp_path / "p")
+    assert held(tmp_path / "hf") == held(saved("whole: smolvlm"))
+
+
+@pytest.mark.parametrize(("text", "rows"), [("text: llama tied", 24), ("text: qwen3", 24), ("text: qwen3", 20)])
+def test_a_projector_and_its_two_models_become_a_llava(saved, done, tmp_path, text, rows):
     params = projector.init("mlp2x_gelu", 12, 16, jax.random.key(3), 1.0)
     model = {"select_layer": -1, "select_features": "patch", "projector": {"kind": "mlp2x_gelu"}}
     store.save_projector(tmp_path / "p", params, {"config": {"model": model}})
-    parts = ("--vision", saved("tower: clip"), "--language", saved(text))
+    language = saved(text, vocab_size=rows)  # with 20 there is no room for the image token
+    parts = ("--vision", saved("tower: clip"), "--language", language)
     done("convert", tmp_path / "p", tmp_path / "hf", *parts)
     done("convert", tmp_path / "p", tmp_path / "o", *parts, "--to", "orbax")
-    done("convert", saved(text), tmp_path / "text")  # from an Orbax checkpoint of the language model it is the same
+    done("convert", language, tmp_path / "text")  # from an Orbax checkpoint of the language model it is the same
     done("convert", tmp_path / "p", tmp_path / "hf2", *parts[:3], tmp_path / "text")
     assert named(tmp_path / "hf2") == named(tmp_path / "hf")
 
@@ -336,7 +354,7 @@ def test_what_cannot_be_is_refused_in_one_line(saved, refused, done, tmp_path):
     llava, out = saved("whole: llava"), tmp_path / "out"
     store.save_projector(tmp_path / "p", projector.init("linear", 12, 16, jax.random.key(0), 1.0), {})
     cases = {
-        ("convert", tmp_path / "nothing", out): "write hf://OWNER/NAME, or add --download",
+        ("convert", tmp_path / "nothing", out): "write hf://OWNER/NAME, or add --download to convert",
         ("convert", llava, tmp_path / "p"): "exists already",
         ("convert", llava, out, "--to", "llava"): "--to llava needs --vision",
         ("convert", saved("whole: smolvlm"), out, "--to", "llava", "--vision", "x"): "has no layout",
@@ -345,10 +363,12 @@ def test_what_cannot_be_is_refused_in_one_line(saved, refused, done, tmp_path):
         ("convert", llava, out, "--projector", tmp_path / "p"): "does not fit as the model's projector",
         ("convert", llava, out, "--projector", llava): "is no projector alone",
         ("convert", llava, out, "--projector", tmp_path / "none"): "no projector at",
+        ("convert", saved("whole: smolvlm"), tmp_path / "x.bin", "--part", "projector"): "has no biases",
         ("convert", llava, out, "--language", llava): "goes with a projector alone",
         ("convert", tmp_path / "p", out, "--vision", saved("tower: clip")): "both --vision and --language",
         ("convert", tmp_path / "p", out, "--to", "hf"): "cannot be written to",
         ("convert", llava, out, "--shard-size", "big"): "'big' is no size",
+        ("convert", llava, out, "--bin"): "--bin goes with --to llava",
         ("convert", llava, out, "--revision", "main"): "--revision main goes with a model of the hub",
         ("convert", tmp_path / "p", out, "--vision", saved("tower: clip"), "--language", saved("tower: clip")):
             "--vision must be",
@@ -356,6 +376,49 @@ def test_what_cannot_be_is_refused_in_one_line(saved, refused, done, tmp_path):
     for args, said in cases.items():
         assert said in refused(*args), args
         assert not out.exists()
+
+
+@contextmanager
+def small_files(size):
+    """As if the disk were full when a file has so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+@pytest.mark.parametrize("written", [1000, 10**9])
+def test_no_space_left(saved, command, tmp_path, monkeypatch, to, written):
+    """While it converts, and when the last is written."""
+    monkeypatch.setattr(model_store, "_WRITTEN", written)
+    source = saved("whole: llava")
+    with small_files(9000):
+        ended = command("convert", source, tmp_path / "out", "--to", to)
+    assert ended.status == 2 and "Traceback" not in ended.err
+    last = ended.err.splitlines()[-1]
+    assert last.startswith(f"pivotjax convert: cannot write {tmp_path / 'out'}: ") and "free some space" in last, last
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_an_interrupted_conversion_leaves_nothing(saved, command, tmp_path, monkeypatch, to):
+    monkeypatch.setattr(model_store, "_WRITTEN", 1000)
+    number = []
+    finite = names.finite
+
+    def interrupted(array):
+        number.append(1)
+        if len(number) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return finite(array)
+
+    monkeypatch.setattr(names, "finite", interrupted)
+    ended = command("convert", saved("whole: llava"), tmp_path / "out", "--to", to)
+    assert ended.status == 130 and "Traceback" not in ended.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_memory_is_bounded(tmp_path):

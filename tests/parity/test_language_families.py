@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pivotjax.checkpoints import names
-from pivotjax.checkpoints.safetensors_io import SafetensorsFolder
+from pivotjax.checkpoints.tensors import open_checkpoint
 from pivotjax.errors import InputError
 from pivotjax.models.generation import generate_from
 from pivotjax.models.language import FAMILIES, abstract, load_weights
@@ -93,7 +93,7 @@ def load(folder):
     settings = json.loads((folder / "config.json").read_text())
     family = FAMILIES[settings["model_type"]]
     config = family.config(settings, str(folder))
-    return config, *load_weights(family, config, SafetensorsFolder(folder), jnp.float32, str(folder))
+    return config, *load_weights(family, config, open_checkpoint(folder), jnp.float32, str(folder))
 
 
 def hidden_of(graphdef, params, tokens):

@@ -18,7 +18,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
 from pivotjax.checkpoints import names
-from pivotjax.checkpoints.safetensors_io import SafetensorsFolder
+from pivotjax.checkpoints.tensors import open_checkpoint
 from pivotjax.errors import InputError
 from pivotjax.models.processors import Normalisation
 from pivotjax.models.vision import FAMILIES, Features, abstract, encode, load_encoder
@@ -107,7 +107,7 @@ def loaded(folder):
     family = FAMILIES[settings["model_type"]]
     config = family.config(settings, "config.json")
     graphdef, shapes = abstract(family, config)
-    params = names.load(SafetensorsFolder(folder), family.names(config), shapes, where=str(folder))
+    params = names.load(open_checkpoint(folder), family.names(config), shapes, where=str(folder))
     network = nnx.merge(graphdef, params)
     states = jax.jit(lambda *args: [network(*args, depth=depth) for depth in range(config.num_layers + 1)])
     return Loaded(config, network, states, jax.jit(lambda *args: network(*args)))
@@ -228,7 +228,7 @@ def test_both_layouts_of_names_are_read(saved, name):
 def test_every_tensor_goes_back_bit_for_bit(saved, name):
     naflex = lambda: transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**NAFLEX))  # noqa: E731
     folder = saved((SQUARE | VARIABLE | {"naflex": naflex})[name]).folder
-    tensors, settings = SafetensorsFolder(folder), json.loads((folder / "config.json").read_text())
+    tensors, settings = open_checkpoint(folder), json.loads((folder / "config.json").read_text())
     family = FAMILIES[settings["model_type"]]
     table = family.names(config := family.config(settings, ""))
     entries = [entry for leaf in names.leaves(table, abstract(family, config)[1]) for entry in leaf.entries]

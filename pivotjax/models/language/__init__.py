@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from pivotjax.checkpoints import names
 from pivotjax.checkpoints.gguf import GGUF
-from pivotjax.checkpoints.safetensors_io import SafetensorsFolder
+from pivotjax.checkpoints.tensors import open_checkpoint
 from pivotjax.errors import InputError
 from pivotjax.files import read_json, sha256
 from pivotjax.models.language import llama, mistral, phi3, qwen2, qwen3, sentencepiece
@@ -99,9 +99,9 @@ def _load_folder(path: Path, dtype) -> Language:
     settings = Settings(read_json(path / "config.json"), str(path / "config.json"))
     family = family_of(settings.get("model_type"), str(path))
     config = family.config(settings.fields, settings.where)
-    tensors = SafetensorsFolder(path)
-    graphdef, params = load_weights(family, config, tensors, dtype, str(path))
-    hashes = "".join(sha256(file) for file in tensors.files)
+    with open_checkpoint(path) as tensors:
+        graphdef, params = load_weights(family, config, tensors, dtype, str(path))
+        hashes = "".join(tensors.digests().values())
     identity = hashlib.sha256(hashes.encode()).hexdigest()
     return Language(path.name, config, graphdef, params, read_tokenizer(path), _eos_id(settings), identity)
 

@@ -132,7 +132,9 @@ def _check_supported(settings: Fields, where: str) -> None:
                          f"tiles need {_TILED}, anyres and image_grid_pinpoints")
 
 
-def original_settings(settings: Fields, vision_tower: str, rows: int, where: str) -> dict[str, Any]:
+def original_settings(
+    settings: Fields, vision_tower: str, rows: int, where: str, before: Fields | None = None
+) -> dict[str, Any]:
     """config.json of the LLaVA repository's layout from transformers' one, of a `llava` or `llava_next` model.
 
     Args:
@@ -140,6 +142,7 @@ def original_settings(settings: Fields, vision_tower: str, rows: int, where: str
         vision_tower: what `mm_vision_tower` is to say: a hub id or a path, which LLaVA opens.
         rows: of the vocabulary (`original_rows`).
         where: names the file in errors.
+        before: the LLaVA repository's config.json that the model came with, whose fields stay as they are.
 
     Raises:
         InputError: the model uses what LLaVA cannot express.
@@ -181,7 +184,7 @@ def original_settings(settings: Fields, vision_tower: str, rows: int, where: str
     if settings["model_type"] == "llava_next":
         made |= {"mm_patch_merge_type": _TILED, "image_aspect_ratio": "anyres",
                  "image_grid_pinpoints": [[w, h] for h, w in settings["image_grid_pinpoints"]]}  # fmt: skip
-    return made
+    return made | dict(before or {}) | {"mm_vision_tower": vision_tower, "vocab_size": rows}
 
 
 def _older_fields(settings: Fields, text: Fields) -> dict[str, Any]:
