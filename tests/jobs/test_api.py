@@ -72,8 +72,10 @@ def test_safetensors_experts_and_dtype(command, family, tmp_path):
     for name in ("w0", "cats", "dogs"):
         params, info = store.load_projector(family.folder / name)
         torch_bridge.save_torch(family.folder / f"{name}.safetensors", params, info)
-    text = family.recipe.read_text().replace("cats", "cats.safetensors").replace("dogs", "dogs.safetensors")
-    family.recipe.write_text(text.replace("w0", "w0.safetensors"))
+    text = family.recipe.read_text()
+    for name in ("w0", "cats", "dogs"):
+        text = text.replace(f"/{name}", f"/{name}.safetensors")
+    family.recipe.write_text(text)
     options = ("--dtype", "bfloat16", "--parameters.scale", 0.5, "--format", "orbax")
     assert command("merge", family.recipe, *options).status == 0
     saved = store.load_projector(tmp_path / "out/projector")
