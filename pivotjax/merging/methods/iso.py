@@ -39,7 +39,7 @@ def _iso_c(updates: Updates, scale: float) -> tuple[list[Array], dict[str, Facts
     def one(update: Array) -> tuple[Array, Facts]:
         summed = spectral.summed(update)
         factor = spectral.polar(summed)
-        mean = (factor * summed).sum(-1).sum(-1) / min(summed.shape[-2:])
+        mean = spectral.inner(factor, summed) / min(summed.shape[-2:])
         return mean[:, None, None] * factor, {"singular_value": mean}
 
     return merge_kernels(updates, one, scale)

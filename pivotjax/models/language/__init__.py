@@ -15,6 +15,7 @@ from pivotjax.checkpoints.gguf import GGUF
 from pivotjax.checkpoints.tensors import open_checkpoint
 from pivotjax.errors import InputError
 from pivotjax.files import read_json, sha256
+from pivotjax.models.abstract import abstract as abstract_of
 from pivotjax.models.language import llama, mistral, phi3, qwen2, qwen3, sentencepiece
 from pivotjax.models.language.decoder import Cache, Decoder, DecoderConfig
 from pivotjax.models.language.family import Family
@@ -73,9 +74,7 @@ def family_of(model_type: Any, where: str, families: Mapping[str, Family] = FAMI
 
 def abstract(family: Family, config: DecoderConfig, dtype) -> tuple[nnx.GraphDef, dict]:
     """The network's graph and its parameters as shapes only; nothing is allocated."""
-    module = nnx.eval_shape(lambda: family.module(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(module)
-    return graphdef, nnx.to_pure_dict(state)
+    return abstract_of(lambda: family.module(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def load_weights(

@@ -7,6 +7,7 @@ from flax import nnx
 
 from pivotjax.errors import InputError
 from pivotjax.models import language
+from pivotjax.models.abstract import abstract as abstract_of
 from pivotjax.models.multimodal import idefics3, llava, llava_next, text
 from pivotjax.models.multimodal.family import Family
 from pivotjax.models.multimodal.network import MultimodalConfig
@@ -33,6 +34,4 @@ def family_of(settings: Mapping[str, Any], where: str) -> Family:
 
 def abstract(family: Family, config: MultimodalConfig, dtype) -> tuple[nnx.GraphDef, dict]:
     """The network's graph and its parameters as shapes only; nothing is allocated."""
-    module = nnx.eval_shape(lambda: family.module(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(module)
-    return graphdef, nnx.to_pure_dict(state)
+    return abstract_of(lambda: family.module(config, dtype=dtype, rngs=nnx.Rngs(0)))

@@ -16,6 +16,7 @@ from pivotjax.checkpoints.tensors import open_checkpoint
 from pivotjax.errors import InputError
 from pivotjax.files import read_json, sha256
 from pivotjax.models import connectors
+from pivotjax.models.abstract import abstract as abstract_of
 from pivotjax.models.processors import Normalisation, load_processor
 from pivotjax.models.vision import clip, efficientnet_lite, idefics3, siglip
 from pivotjax.models.vision.family import Family
@@ -120,12 +121,7 @@ def depth_of(select_layer: int, num_layers: int) -> int:
 
 def abstract(family: Family, config: VisionConfig, dtype=jnp.float32) -> tuple[nnx.GraphDef, dict]:
     """The network's graph and its parameters as shapes only; nothing is allocated."""
-    return _abstract(lambda: family.module(config, dtype=dtype, rngs=nnx.Rngs(0)))
-
-
-def _abstract(make) -> tuple[nnx.GraphDef, dict]:
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    return graphdef, nnx.to_pure_dict(state)
+    return abstract_of(lambda: family.module(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def _load_folder(path: Path, chosen: Features) -> Encoder:
@@ -158,7 +154,7 @@ def _load_efficientnet_lite(path: Path, chosen: Features) -> Encoder:
         )
     if chosen != Features(kind=chosen.kind):
         raise InputError(f"{path} has one map of features and no class token; leave out select_layer, select_features")
-    graphdef, shapes = _abstract(lambda: efficientnet_lite.EfficientNetLite(config, rngs=nnx.Rngs(0)))
+    graphdef, shapes = abstract_of(lambda: efficientnet_lite.EfficientNetLite(config, rngs=nnx.Rngs(0)))
     params = names.load(tensors, efficientnet_lite.names(), shapes, where=str(path))
     identity = sha256(path)
     return Encoder(
