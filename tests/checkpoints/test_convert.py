@@ -3,9 +3,7 @@
 import json
 import os
 import re
-import resource
 import signal
-from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -378,24 +376,13 @@ def test_what_cannot_be_is_refused_in_one_line(saved, refused, done, tmp_path):
         assert not out.exists()
 
 
-@contextmanager
-def small_files(size):
-    """As if the disk were full when a file has so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("to", ["orbax", "hf"])
 @pytest.mark.parametrize("written", [1000, 10**9])
-def test_no_space_left(saved, command, tmp_path, monkeypatch, to, written):
+def test_no_space_left(saved, command, small_disk, tmp_path, monkeypatch, to, written):
     """While it converts, and when the last is written."""
     monkeypatch.setattr(model_store, "_WRITTEN", written)
     source = saved("whole: llava")
-    with small_files(9000):
+    with small_disk(9000):
         ended = command("convert", source, tmp_path / "out", "--to", to)
     assert ended.status == 2 and "Traceback" not in ended.err
     last = ended.err.splitlines()[-1]

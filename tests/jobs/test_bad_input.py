@@ -2,11 +2,9 @@
 
 import os
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -20,16 +18,6 @@ from pivotjax.checkpoints import store, torch_bridge
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ("pretrain", ROOT / "train/mini.yaml")
-
-
-@contextmanager
-def small_disk(size: int):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def cut(path: Path) -> None:
@@ -263,7 +251,7 @@ def test_output_below_a_file(refused, family, tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_no_space_left_for_a_merge(refused, command, family, tmp_path):
+def test_no_space_left_for_a_merge(refused, command, family, small_disk, tmp_path):
     """Files may grow to the size of the config and no further."""
     with small_disk(700):
         line = refused("merge", family.recipe)
