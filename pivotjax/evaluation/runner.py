@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Float64
 
 from pivotjax.data.captions import Captioner
@@ -24,6 +25,19 @@ CONTROL_ITEMS = 24  # items a domain that the shuffled-image control takes
 _SLOTS_A_CALL = 1024  # tokens of one forward pass: enough to keep the cores busy, little enough to keep logits small
 
 
+class Spread(NamedTuple):
+    """Devices that share the rows of a call: how many, and what puts a host array there, along its first axis.
+
+    Where they belong to several processes, all of them evaluate the same and get the same.
+    """
+
+    devices: int
+    put: Callable[[np.ndarray], jax.Array]
+
+
+HERE = Spread(1, jnp.asarray)
+
+
 def evaluate(
     language: Language,
     params: Any,
@@ -34,6 +48,7 @@ def evaluate(
     choices: int = CHOICES,
     control_items: int = CONTROL_ITEMS,
     seed: int = 0,
+    spread: Spread = HERE,
 ) -> dict[str, Outcome]:
     """Caption loss, retrieval and the shuffled-image control of P projectors on every domain.
 
@@ -50,6 +65,7 @@ def evaluate(
         choices: candidates an image, where the domain has no closed set of answers.
         control_items: the first so many items of each domain are also read with another item's image; 0 leaves it out.
         seed: of the drawn candidates.
+        spread: the devices that share the work.
 
     Returns:
         domain -> Outcome; NaN for projectors that are not finite.
@@ -69,7 +85,7 @@ def evaluate(
     features = np.concatenate([test.features for test in tests.values()])
     packed = tasks.pack(questions, captioner.num_visual, captioner.prompt_ids)
 
-    scores, start, outcomes = _scores(language, params, projectors, features, packed, "evaluate"), 0, {}
+    scores, start, outcomes = _scores(language, params, projectors, features, packed, "evaluate", spread), 0, {}
     for domain, (asked, controls) in spans.items():
         counts = np.array([len(question.captions) for question in asked])
         first = start + np.cumsum([0, *counts[:-1]])
@@ -119,14 +135,20 @@ def caption_losses(
 
 
 def _scores(
-    language: Language, params: Any, projectors: projector.Params, features: np.ndarray, packed: Packed, title: str
+    language: Language,
+    params: Any,
+    projectors: projector.Params,
+    features: np.ndarray,
+    packed: Packed,
+    title: str,
+    spread: Spread = HERE,
 ) -> Float64[np.ndarray, "P captions"]:
     """Log-likelihood of every caption under every projector: equal ones computed once, not finite ones NaN."""
     each = projector.unstack(projectors)
     prints = [projector.fingerprint(one) for one in each]
     finite = [all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one)) for one in each]
     chosen = list({prints[p]: p for p in reversed(range(len(each))) if finite[p]}.values())
-    rows = _edge_rows(language, params, [each[p] for p in chosen], features, packed, title)
+    rows = _edge_rows(language, params, [each[p] for p in chosen], features, packed, title, spread)
     found = {prints[p]: packed.scores(edges) for p, edges in zip(chosen, rows)}
     missing = np.full(packed.caption.max() + 1, np.nan)
     return np.stack([found.get(name, missing) for name in prints])
@@ -139,11 +161,12 @@ def _edge_rows(
     features: np.ndarray,
     packed: Packed,
     title: str,
+    spread: Spread,
 ) -> Float[np.ndarray, "P R E"]:
     """Log-probability of every edge: all (projector, row) pairs in calls of one shape, hence one compilation."""
     rows, width = packed.tokens.shape
     pairs = len(projectors) * rows
-    batch = max(1, min(_SLOTS_A_CALL // width, pairs))
+    batch = spread.devices * max(1, min(_SLOTS_A_CALL // width, -(-pairs // spread.devices)))
     visual_of = _projected(projectors, features)
     found = np.empty((pairs, packed.edge_head.shape[1]), np.float32)
     with Bar(pairs, title, unit="row") as bar:
@@ -152,9 +175,9 @@ def _edge_rows(
             numbers, row = np.divmod(taken, rows)
             visual = np.stack([visual_of(p)[packed.images[r]] for p, r in zip(numbers, row)])
             layout = (packed.tokens, packed.positions, packed.mask, packed.heads, packed.edge_head, packed.edge_token)
-            edges = _edges(language.graphdef, params, visual, *(part[row] for part in layout))
+            given = [spread.put(part) for part in (visual, *(part[row] for part in layout))]
             count = min(batch, pairs - start)
-            found[start : start + count] = np.asarray(edges)[:count]
+            found[start : start + count] = _on_host(_edges(language.graphdef, params, *given))[:count]
             bar.update(count)
     return found.reshape(len(projectors), rows, packed.edge_head.shape[1])
 
@@ -167,6 +190,12 @@ def _projected(
 
 
 _apply = jax.jit(projector.apply)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
