@@ -1,4 +1,4 @@
-"""Orbax checkpoints: projectors with what is needed to trust them, and training state for resuming."""
+"""Orbax checkpoints of projectors, with what is needed to trust them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -110,7 +110,7 @@ def damaged(path: Path) -> InputError:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """A full disk is the user's to mend, and no bug."""
+    """A disk that is full or read-only is the user's to mend, and no bug."""
     try:
         yield
     except InputError:
@@ -119,43 +119,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         text = " ".join(str(error).split())
         if any(sign in text for sign in ("No space left", "File too large", "Disk quota", "Errno 28", "Errno 27")):
             raise InputError(f"cannot write {path}: no space left; free some space or choose another folder") from error
+        if any(sign in text for sign in ("Read-only file system", "Permission denied", "PERMISSION_DENIED")):
+            raise InputError(f"cannot write {path}: it may not be written to; choose another folder") from error
         raise
-
-
-class TrainingCheckpoints:
-    """Checkpoints of a training run: train state and data iterator, by step."""
-
-    def __init__(self, checkpointer: ocp.training.Checkpointer, folder: Path):
-        self._checkpointer, self._folder = checkpointer, folder
-
-    def save(self, step: int, state: Any, batches: Any) -> None:
-        """Saves atomically; the oldest beyond `keep` are removed after."""
-        self._checkpointer.save_checkpointables(step, {"state": state._asdict(), "data": batches})
-        if jax.process_index() == 0:
-            note_sizes(self._folder / str(step))
-
-    def restore(self, state: Any, batches: Any) -> tuple[Any, Any]:
-        """The newest checkpoint's state (in `state`'s shapes and shardings) and iterator; the arguments if none."""
-        latest = self._checkpointer.latest
-        if latest is None:
-            return state, batches
-        folder = self._folder / str(latest.step)
-        broken = InputError(f"the training checkpoint {folder} cannot be read; remove it to go on from the one before")
-        if not complete(folder):
-            raise broken
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state._asdict())
-        try:
-            loaded = self._checkpointer.load_checkpointables(latest, {"state": abstract, "data": batches})
-        except Exception as error:
-            raise broken from error
-        return type(state)(**loaded["state"]), loaded["data"]
-
-
-@contextlib.contextmanager
-def training_checkpoints(folder: Path, keep: int) -> Iterator[TrainingCheckpoints]:
-    """Opens (and makes) the folder of a run's training checkpoints; a save that was cut off is cleaned away."""
-    files.output_folder(folder)
-    policy = ocp.training.preservation_policies.LatestN(keep)
-    opened = ocp.training.Checkpointer(folder.absolute(), preservation_policy=policy, cleanup_tmp_directories=True)
-    with disk_errors(folder), opened as checkpointer:  # Orbax tells of a failed save once more when it is closed
-        yield TrainingCheckpoints(checkpointer, folder)

@@ -1,0 +1,216 @@
+"""Checkpoints of a training run: asynchronous, atomic, the newest and the best kept, what is damaged passed over."""
+
+import contextlib
+import json
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
+from orbax.checkpoint import v1 as ocp
+
+from pivotjax import files
+from pivotjax.checkpoints import store
+from pivotjax.config import check_least
+from pivotjax.errors import InputError
+from pivotjax.progress import say
+
+_policies = ocp.training.preservation_policies
+_ODD = np.uint32(2654435761)  # Knuth's multiplicative hash: 2^32 over the golden ratio
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When training state is saved (projector and optimizer state only; the data follow from the step)."""
+
+    folder: str = ""
+    """Where they lie (default: `training` below `out`); with several hosts a place that all see (gs://..., NFS)."""
+    every_steps: int = 25
+    """Steps between checkpoints."""
+    every_minutes: float = 0.0
+    """Also save when so many minutes have passed since the last checkpoint; 0: by steps alone."""
+    keep: int = 2
+    """How many of the newest are kept."""
+    keep_best: int = 0
+    """Keep so many more: those with the lowest held-out loss. Every evaluation's state is then saved."""
+
+    def __post_init__(self) -> None:
+        check_least(self, every_steps=1, every_minutes=0, keep=1, keep_best=0)
+
+
+class TrainingCheckpoints:
+    """Opened by `training_checkpoints`; every process calls every method, at the same steps."""
+
+    def __init__(self, checkpointer: ocp.training.Checkpointer, folder: epath.Path, belongs: dict[str, Any]):
+        self._checkpointer, self._folder, self._belongs = checkpointer, folder, belongs
+        self._saving: tuple[int, Any] | None = None
+
+    def save(self, step: int, state: Any, counts: list[int], loss: float | None = None) -> None:
+        """Starts to save `state` (a NamedTuple of arrays) as it is now, and returns before it is on the disk.
+
+        `counts` are the bad samples so far, by reason; `loss` is the held-out loss that `keep_best` goes by. Raises
+        InputError if the save before this one failed.
+        """
+        self.wait()
+        note = {"sums": checksums(state).tolist(), "counts": counts, "belongs": self._belongs}
+        metrics = None if loss is None else {"loss": loss}
+        tree = {"state": state._asdict()}
+        saving = self._checkpointer.save_checkpointables_async(
+            step, tree, force=True, metrics=metrics, custom_metadata=note
+        )
+        self._saving = (step, saving)
+
+    def check(self) -> None:
+        """Notices the end of a save that is under way, without waiting for it; InputError if it failed."""
+        if self._saving is not None and not self._checkpointer.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save that is under way is on the disk; InputError if it failed."""
+        if self._saving is None:
+            return
+        (step, saving), self._saving = self._saving, None
+        saving.result()
+        if jax.process_index() == 0 and _on_disk(self._folder):
+            store.note_sizes(Path(self._folder / str(step)))
+
+    def restore(self, state: Any) -> tuple[Any, list[int]]:
+        """The newest whole checkpoint: (state in the shardings of `state`, counts); (`state`, []) where there is none.
+
+        One that is damaged is said, renamed to `<step>.damaged` and passed over for the one before it. InputError if a
+        checkpoint belongs to another run.
+        """
+        while (latest := self._checkpointer.latest) is not None:
+            folder = self._folder / str(latest.step)
+            if _agreed(not _on_disk(folder) or store.complete(Path(folder))):
+                found = self._load(latest, state)
+                if found is not None:
+                    return found
+            self._put_aside(folder)
+        return state, []
+
+    def _load(self, latest: Any, state: Any) -> tuple[Any, list[int]] | None:
+        """A checkpoint's content, None if it is not what was saved."""
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state._asdict())
+        try:
+            note = self._checkpointer.checkpointables_metadata(latest).custom_metadata or {}
+        except Exception:  # Orbax and TensorStore raise many kinds for damaged files
+            return None
+        self._check_belongs(note.get("belongs", {}), latest.step)
+        try:
+            loaded = self._checkpointer.load_checkpointables(latest, {"state": abstract})
+        except Exception as error:
+            if jax.process_count() > 1:  # the other processes may have read theirs, and wait
+                folder = self._folder / str(latest.step)
+                raise InputError(f"{folder} cannot be read; remove it to go on from the one before") from error
+            return None
+        found = type(state)(**loaded["state"])
+        return (found, note["counts"]) if checksums(found).tolist() == note["sums"] else None
+
+    def _check_belongs(self, saved: dict[str, Any], step: int) -> None:
+        differing = sorted(key for key in saved if saved[key] != self._belongs.get(key))
+        if differing:
+            raise InputError(
+                f"the training checkpoint {self._folder / str(step)} was made with another {differing[0]} "
+                f"({saved[differing[0]]!r}, now {self._belongs.get(differing[0])!r}); give another --out"
+            )
+
+    def _put_aside(self, folder: epath.Path) -> None:
+        if jax.process_index() == 0:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            say(f"the training checkpoint {folder} is damaged; put aside as {aside.name}, trying the one before")
+            aside.rmtree(missing_ok=True)
+            folder.rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"damaged {folder.name}")
+        self._checkpointer.reload()
+
+
+@contextlib.contextmanager
+def training_checkpoints(
+    folder: epath.PathLike, config: CheckpointConfig, belongs: dict[str, Any] | None = None
+) -> Iterator[TrainingCheckpoints]:
+    """Opens (and makes) the folder of a run's training checkpoints; a save that was cut off is cleaned away.
+
+    `belongs` (JSON) says what the run is made of; a checkpoint that names another is refused. On leaving, a save that
+    is under way is waited for. A full or read-only disk is an InputError.
+    """
+    folder = epath.Path(folder)
+    _make(folder)
+    policy = _policies.LatestN(config.keep)
+    if config.keep_best:
+        best = _policies.BestN(
+            get_metric_fn=lambda metrics: metrics["loss"],
+            reverse=True,
+            n=config.keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        policy = _policies.AnyPreservationPolicy([policy, best])
+    where = Path(folder).absolute() if _on_disk(folder) else folder
+    opened = ocp.training.Checkpointer(where, preservation_policy=policy, cleanup_tmp_directories=True)
+    with store.disk_errors(folder), opened as checkpointer:  # Orbax tells of a failed save once more when it is closed
+        saved = TrainingCheckpoints(checkpointer, folder, json.loads(json.dumps(belongs or {})))
+        try:
+            yield saved
+        finally:
+            saved.wait()
+
+
+def _on_disk(folder: epath.Path) -> bool:
+    """Whether files there can be cut short; objects in a bucket are whole or absent."""
+    return "://" not in str(folder)
+
+
+def _make(folder: epath.Path) -> None:
+    """Process 0 makes the folder; InputError where another process does not see it."""
+    if jax.process_index() == 0 and _on_disk(folder):
+        files.output_folder(Path(folder))
+    if jax.process_count() == 1:
+        return
+    token = int(multihost_utils.broadcast_one_to_all(np.asarray(secrets.randbits(31), np.int32)))
+    sign = folder / f".seen-by-all-{token}"
+    if jax.process_index() == 0:
+        sign.write_text("")
+    multihost_utils.sync_global_devices(f"{sign} is there")
+    seen = np.ravel(multihost_utils.process_allgather(np.asarray(sign.exists())))
+    if jax.process_index() == 0:
+        sign.unlink()
+    if not seen.all():
+        raise InputError(
+            f"checkpoints.folder {folder} is not the same folder in process {int(np.argmin(seen))} as in process 0; "
+            "give a bucket (gs://...) or a network file system that all hosts share"
+        )
+
+
+def checksums(tree: Any) -> UInt32[np.ndarray, " leaves"]:
+    """A sum a leaf over its elements' bits, each weighted by its place, modulo 2^32: the same on any mesh."""
+    return np.asarray(_checksums(tree))
+
+
+@jax.jit
+def _checksums(tree: Any) -> UInt32[Array, " leaves"]:
+    return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _checksum(a: Array) -> UInt32[Array, ""]:
+    bits = a.astype(jnp.uint8) if a.dtype == bool else a
+    words = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"uint{8 * min(bits.dtype.itemsize, 4)}")).astype(jnp.uint32)
+    place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):  # not a reshape, which would gather a sharded array
+        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    return jnp.sum(words * (place * _ODD | 1), dtype=jnp.uint32)
+
+
+def _agreed(value: bool) -> bool:
+    """Process 0's answer, in all of them."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))

@@ -1,0 +1,187 @@
+"""Several processes, one program: how they find each other, what they tell each other, and that they end together."""
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import distributed  # the coordination service's key-value store has no public name
+from jax.experimental import multihost_utils
+
+from pivotjax.config import check_least
+from pivotjax.errors import InputError
+
+_ENDED = "pivotjax/ended"  # key of the coordination service: the process that failed first
+_LOST = ("Gloo", "Connection closed", "Connection reset", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "socket")
+_GRACE = 5.0  # seconds for news of another process's end to come through
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """The processes of a run. TPU pods need nothing here: the same command on every host finds the others."""
+
+    coordinator: str = ""
+    """host:port of process 0, where the processes meet; empty: found by JAX on TPU pods, else this process is alone."""
+    count: int = 1
+    """Number of processes (with `coordinator`)."""
+    index: int = 0
+    """This process's place among them, from 0 (with `coordinator`)."""
+    timeout: int = 300
+    """Seconds to wait for the others at the start."""
+
+    def __post_init__(self) -> None:
+        check_least(self, count=1, index=0, timeout=1)
+        if self.index >= self.count:
+            raise InputError(f"index is {self.index}, but {self.count} processes count from 0 to {self.count - 1}")
+        host, _, port = self.coordinator.rpartition(":")
+        if self.coordinator and not (host and port.isdigit()):
+            raise InputError(f"coordinator must be HOST:PORT of process 0, not {self.coordinator!r}")
+        if self.count > 1 and not self.coordinator:
+            raise InputError("count is given, but no coordinator; give HOST:PORT of process 0")
+
+
+@contextlib.contextmanager
+def joined(config: HostsConfig) -> Iterator[None]:
+    """Joins the processes before any JAX operation; an error that leaves the context in one of them ends them all.
+
+    Each says in one line which process failed and why, and exits with that one's status. InputError where the others
+    cannot be reached in `config.timeout` seconds. Does nothing for a process that is alone, or has joined already.
+    """
+    if distributed.global_state.client is not None or not _initialised(config) or jax.process_count() == 1:
+        yield
+        return
+    ended = threading.Thread(target=_end_with_the_others, daemon=True)
+    ended.start()
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in _LOST)
+        if lost:  # the cause is another process: its own words, if it left any, come within the grace
+            ended.join(_GRACE)
+            error = InputError(
+                "the connection to another process was lost; see its log, then start all of them again: "
+                "they go on from the last checkpoint"
+            )
+        status = 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        _tell(status, error)
+        atexit.register(_leave, status)  # runs before JAX's, which would wait for the other processes
+        raise error
+
+
+def _initialised(config: HostsConfig) -> bool:
+    if config.coordinator:
+        if config.index:
+            _reach(config)
+        _initialise(config, config.coordinator, config.count, config.index, cluster_detection_method="deactivate")
+        return True
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not _tpu():
+        return False
+    try:
+        _initialise(config)
+    except ValueError:  # a TPU of one host that no cluster manager started
+        return False
+    return True
+
+
+def _initialise(config: HostsConfig, *args: Any, **options: Any) -> None:
+    """JAX itself would end the process with a trace where the others do not come; here a line does it first."""
+
+    def give_up() -> None:
+        print(f"pivotjax: {_not_joined(config)}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(config.timeout, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(*args, initialization_timeout=config.timeout + 60, **options)
+    except RuntimeError as error:
+        raise _not_joined(config) from error
+    finally:
+        timer.cancel()
+
+
+def _tpu() -> bool:
+    return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+def _reach(config: HostsConfig) -> None:
+    """Until process 0 listens."""
+    host, _, port = config.coordinator.rpartition(":")
+    until = time.monotonic() + config.timeout
+    while time.monotonic() < until:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise _not_joined(config)
+
+
+def _not_joined(config: HostsConfig) -> InputError:
+    place = f"process {config.index} of {config.count}" if config.coordinator else "this host"
+    return InputError(
+        f"{place} did not meet the others at {config.coordinator or 'the coordinator'} within {config.timeout} s; "
+        "check hosts.coordinator, hosts.count and that every process was started"
+    )
+
+
+def _tell(status: int, error: BaseException) -> None:
+    """Leaves word of this process's end for the others, unless another's end is known already."""
+    what = " ".join(str(error).split()) or type(error).__name__
+    note = json.dumps({"process": jax.process_index(), "status": status, "what": what[:500]})
+    with contextlib.suppress(Exception):  # the service is gone, or another was first
+        distributed.global_state.client.key_value_set(_ENDED, note)
+
+
+def _end_with_the_others() -> None:
+    """In a thread: waits for word of another process's end, says it, and ends this one."""
+    try:
+        note = json.loads(distributed.global_state.client.blocking_key_value_get(_ENDED, 2**31 - 1))
+    except Exception:  # this process or the service ends
+        return
+    if note["process"] != jax.process_index():
+        print(f"pivotjax: process {note['process']} ended all: {note['what']}", file=sys.stderr)
+        _leave(note["status"])
+
+
+def _leave(status: int) -> None:
+    """Ends now: an orderly end would wait for processes that no longer answer."""
+    if jax.process_index() == 0:
+        time.sleep(1.0)  # the service lives here: the others read why before it goes
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def gather(tree: Any) -> Any:
+    """NumPy arrays or scalars of each process -> stacked on a new first axis of size process count, in all of them."""
+    if jax.process_count() == 1:
+        return jax.tree.map(lambda a: np.asarray(a)[None], tree)
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree))
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays on the devices of all processes -> whole NumPy arrays, in all of them."""
+
+    def whole(a: jax.Array) -> np.ndarray:
+        if a.is_fully_addressable or a.is_fully_replicated:
+            return jax.device_get(a)
+        return np.asarray(multihost_utils.process_allgather(a, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
+def preempted(step: int) -> bool:
+    """Whether all processes are to save and end after `step` because one of them was told to end (SIGTERM)."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
