@@ -68,11 +68,15 @@ class Processor:
 
     def fitted(self, pixels: Pixels) -> Pixels:
         """Padded, resized and cropped."""
+        return np.asarray(self.fit(Image.fromarray(pixels)))
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """The same from RGB to RGB, without a copy of the whole picture as an array."""
         if self.square is not None:
-            pixels = _squared(pixels, self.square)
+            image = _squared(image, self.square)
         if self.size is not None:
-            pixels = _resized(pixels, self._target(*pixels.shape[:2]), self.resample)
-        return pixels if self.crop is None else _cropped(pixels, self.crop)
+            image = _resize(image, self._target(image.height, image.width), self.resample)
+        return image if self.crop is None else _cropped(image, self.crop)
 
     def padded(self) -> "Processor":
         """The same behind the original LLaVA's `image_aspect_ratio: pad`: squares in the colour of the mean."""
@@ -279,13 +283,7 @@ AnyProcessor = Processor | AnyResolutionProcessor | TilingProcessor | PatchProce
 def rgb(image: Image.Image) -> Pixels:
     """A picture of any mode as uint8, upright, its transparent parts white. InputError where it cannot be decoded."""
     try:
-        if image.mode.startswith("I;16"):  # Pillow would clip instead of scaling
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = ImageOps.exif_transpose(image)
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.asarray(image.convert("RGB"))
+        pixels = np.asarray(flat(ImageOps.exif_transpose(image)))
     except _BROKEN as error:
         why = str(error).replace("\n", " ")[:200] or type(error).__name__
         raise InputError(f"cannot read an image: {why}; give a whole picture") from error
@@ -294,35 +292,45 @@ def rgb(image: Image.Image) -> Pixels:
     return pixels
 
 
+def flat(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB, its transparent parts white, 16 bits of grey scaled to 8; RGB itself as it is."""
+    if image.mode.startswith("I;16"):  # Pillow would clip instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def _resized(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
+    return np.asarray(_resize(Image.fromarray(pixels), size, resample))
+
+
+def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
     height, width = size
     if height * width > _MOST_PIXELS:
-        found = f"{pixels.shape[0]} x {pixels.shape[1]}"
+        found = f"{image.height} x {image.width}"
         raise InputError(f"an image of {found} pixels would be scaled to {height} x {width}; cut it shorter first")
-    return np.asarray(Image.fromarray(pixels).resize((width, height), resample))
+    return image.resize((width, height), resample)
 
 
-def _squared(pixels: Pixels, colour: tuple[int, ...]) -> Pixels:
-    height, width = pixels.shape[:2]
-    side = max(height, width)
-    square = np.empty((side, side, 3), np.uint8)
-    square[:] = colour
-    top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = pixels
+def _squared(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
-def _cropped(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+def _cropped(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The middle; where the picture is smaller, it in the middle of black, the odd pixel before it."""
-    for axis, wanted in enumerate(size):
-        found = pixels.shape[axis]
-        start = max((found - wanted) // 2, 0)
-        pixels = pixels.take(range(start, min(start + wanted, found)), axis)
-        before = (max(wanted - found, 0) + 1) // 2
-        widths = [(0, 0)] * 3
-        widths[axis] = (before, wanted - pixels.shape[axis] - before)
-        pixels = np.pad(pixels, widths)
-    return pixels
+    height, width = size
+    left, top = _before(image.width, width), _before(image.height, height)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _before(found: int, wanted: int) -> int:
+    """Where the middle begins; negative where it begins before the picture."""
+    return (found - wanted) // 2 if found >= wanted else -((wanted - found + 1) // 2)
 
 
 def _cut(pixels: Pixels, tile: int) -> list[Pixels]:

@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from pivotjax.models.language.decoder import PLAIN, Plan
 
 IMAGE_TOKEN = -200  # LLaVA's placeholder; stands once for every visual token
 
@@ -27,23 +29,41 @@ def token_entropy(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jax.nn.softmax(logits) * logits, axis=-1)
 
 
-def caption_logits(
+def caption_hidden(
     language,
     tokens: Int[Array, "B L"],
     visual: Float[Array, "B V D"],
-    length: int,
-    first_position: int,
-    remat: bool = False,
-) -> Float[Array, "B T vocab"]:
-    """Logits of the `length` (T) caption tokens, which stand from sequence position `first_position` on.
+    places: Int[Array, "B T"],
+    segments: Int[Array, "B L"] | None = None,
+    positions: Int[Array, "B L"] | None = None,
+    plan: Plan = PLAIN,
+) -> Float[Array, "B T D"]:
+    """The decoder's last hidden states at `places` of each row.
 
-    No logits are computed anywhere else. Attention is causal and padding stands on the right, so nothing a caption
-    token sees is padding.
+    With `segments` a token sees the earlier tokens of its own segment alone, and `positions` count from each segment's
+    beginning; without, a row is one sample with its padding on the right, so that nothing a caption token sees is
+    padding. `plan.attention` must keep segments apart by itself.
     """
-    x = splice(language, tokens, visual)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = language(x, positions, None, remat=remat)
-    return language.logits(hidden[:, first_position : first_position + length])
+    x = plan.place(splice(language, tokens, visual))
+    if positions is None:
+        positions = jnp.arange(tokens.shape[1])[None]
+    mask = None if segments is None or plan.attention else _mask(segments)
+    hidden, _ = language(x, positions, mask, plan=plan)
+    return jnp.take_along_axis(hidden, places[..., None], axis=1)
+
+
+def _mask(segments: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
+    """Which keys each query sees: the earlier ones, and itself, of its segment."""
+    length = segments.shape[-1]
+    return jnp.tri(length, dtype=bool) & (segments[:, :, None] == segments[:, None, :])
+
+
+def caption_logits(
+    language, tokens: Int[Array, "B L"], visual: Float[Array, "B V D"], length: int, first_position: int
+) -> Float[Array, "B T vocab"]:
+    """Logits of the `length` (T) caption tokens, predicted from sequence position `first_position` on."""
+    places = jnp.broadcast_to(first_position + jnp.arange(length), (len(tokens), length))
+    return language.logits(caption_hidden(language, tokens, visual, places))
 
 
 def caption_nll(
@@ -53,12 +73,11 @@ def caption_nll(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     first_position: int,
-    remat: bool = False,
 ) -> Float[Array, " B"]:
     """Sum over a caption's tokens of their negative log-likelihood, in nats, one number a sample.
 
-    Target t is read at sequence position `first_position + t`; `weights` is 1 at real caption tokens (end of sequence
-    included) and 0 at padding.
+    Target t is predicted at sequence position `first_position + t`; `weights` is 1 at real caption tokens (end of
+    sequence included) and 0 at padding.
     """
-    logits = caption_logits(language, tokens, visual, targets.shape[1], first_position, remat)
+    logits = caption_logits(language, tokens, visual, targets.shape[1], first_position)
     return jnp.sum(weights * token_nll(logits, targets), axis=-1)

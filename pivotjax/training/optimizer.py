@@ -1,11 +1,31 @@
 """AdamW with warm-up and cosine decay, kept apart for every expert."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import jax
 import optax
 
 from pivotjax.config import check_least
+from pivotjax.models.language import Remat
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What happens to an expert whose loss or gradient goes wrong; the other experts go on."""
+
+    not_finite: Literal["retire", "skip", "abort"] = "retire"
+    """Loss or gradient is not finite: the expert keeps its last weights for good, this step's update alone is left
+    out, or the run ends."""
+    spike: Literal["ignore", "skip", "abort"] = "ignore"
+    """The loss leaps: the update is made all the same, it is left out, or the run ends."""
+    spike_factor: float = 3.0
+    """A loss so many times the expert's running mean is a leap."""
+    spike_warmup: int = 20
+    """Steps in which nothing counts as a leap."""
+
+    def __post_init__(self):
+        check_least(self, spike_factor=1, spike_warmup=1)
 
 
 @dataclass(frozen=True)
@@ -24,13 +44,22 @@ class TrainingConfig:
     """AdamW's decoupled weight decay."""
     clip: float = 1.0
     """Largest global gradient norm of an expert."""
-    remat: bool = False
-    """Recompute the LLM's activations in the backward pass (less memory, one more forward pass)."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, one after the other, with one update for all (less memory, same numbers)."""
+    remat: Remat = "none"
+    """What of the LLM is computed again in the backward pass instead of kept: nothing; everything between its layers'
+    inputs (layers); all but the products with weights (dots), kept on the device or in the host's memory (offload)."""
+    loss_chunk: int = 8
+    """Caption tokens of a sample whose logits exist at once."""
+    attention: Literal["xla", "splash"] = "xla"
+    """The LLM's attention: as XLA compiles it, or TPU's splash kernel."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log_every: int = 5
     """Write metrics every so many steps."""
 
     def __post_init__(self):
         check_least(self, steps=1, batch=1, learning_rate=0, warmup=0, weight_decay=0, clip=0, log_every=1)
+        check_least(self, accumulate=1, loss_chunk=1)
 
 
 def schedule(config: TrainingConfig) -> optax.Schedule:

@@ -1,8 +1,10 @@
-"""Where arrays live: a mesh with axes `expert` and `data`, and one table from array names to PartitionSpecs."""
+"""Where arrays live: a mesh of `expert, data, fsdp, tensor`, and one table from array names to PartitionSpecs."""
 
+import math
 import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -10,59 +12,170 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pivotjax.config import check_least
+from pivotjax.data.pipeline import Share
 from pivotjax.errors import InputError
 
-# First match wins; names are the pytree's path, joined by "/".
+AXES = ("expert", "data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # what an expert's batch is spread over
+
+# First match wins; names are the pytree's path, joined by "/". Frozen weights are cut along `fsdp` to be held and
+# gathered a layer at a time; along `tensor` they stay cut: columns of what widens, rows of what narrows.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"batch/.*", P("expert", "data")),
-    (r"state/(params|opt_state)/.*", P("expert")),
-    (r"state/alive", P("expert")),
-    (r"metrics/.*", P("expert")),
-    (r".*", P()),  # the step counter and the frozen weights: one copy a device
+    (r"batch/.*", P("expert", ROWS)),
+    (r"state/(params|opt_state|alive|loss_average)(/.*)?", P("expert")),
+    (r"frozen/\w+/layers/(q|k|v|qkv|gate|up|gate_up|fc1)/kernel", P(None, "fsdp", "tensor")),
+    (r"frozen/\w+/layers/(q|k|v|qkv|gate|up|gate_up|fc1)/bias", P(None, "tensor")),
+    (r"frozen/\w+/layers/(o|down|fc2)/kernel", P(None, "tensor", "fsdp")),
+    (r"frozen/language/embedding", P("tensor", "fsdp")),
+    (r"frozen/language/head/kernel", P("fsdp", "tensor")),
+    (r".*", P()),  # norms, the step counter, metrics: one copy a device
 )
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; their product must be the number of devices (1 x 1: the first device)."""
+    """Devices along each axis; their product must be the number of devices (1 x 1 x 1 x 1: the first device)."""
 
     expert: int = 1
-    """Devices over which the experts are spread."""
+    """Devices over which the experts are spread (0: all that the other axes leave; so too below, for one axis)."""
     data: int = 1
     """Devices over which each expert's batch is spread."""
+    fsdp: int = 1
+    """Devices over which each expert's batch and the frozen weights are spread."""
+    tensor: int = 1
+    """Devices over which each product with a frozen matrix is spread."""
 
     def __post_init__(self):
-        check_least(self, expert=1, data=1)
+        check_least(self, expert=0, data=0, fsdp=0, tensor=0)
+        if astuple(self).count(0) > 1:
+            raise InputError(f"of expert, data, fsdp and tensor one may be 0, not {astuple(self).count(0)}")
 
 
-def make_mesh(config: MeshConfig, experts: int, batch: int) -> Mesh:
-    """The mesh; InputError where it does not fit the devices, the experts or the batch."""
-    need = config.expert * config.data
-    devices = jax.devices()
-    if need > len(devices) or (need != 1 and need != len(devices)):
+def make_mesh(config: MeshConfig, experts: int, rows: int, devices: Iterable[jax.Device] | None = None) -> Mesh:
+    """The mesh, over all devices if none are given; InputError where it does not fit them, or experts and rows."""
+    devices = list(jax.devices() if devices is None else devices)
+    shape = _sizes(config, len(devices))
+    expert, data, fsdp, _ = shape
+    for count, name, size in (
+        (experts, "experts", expert),
+        (rows, "samples of an expert", data * fsdp),
+    ):
+        if count % size:
+            raise InputError(
+                f"{count} {name} cannot be spread evenly over {size} devices; change the mesh or the batch"
+            )
+    chosen = devices[: math.prod(shape)]
+    return jax.make_mesh(shape, AXES, devices=chosen, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _sizes(config: MeshConfig, there: int) -> tuple[int, ...]:
+    sizes = astuple(config)
+    given = math.prod(size for size in sizes if size)
+    if 0 in sizes:
+        sizes = tuple(size or max(1, there // given) for size in sizes)
+    need = math.prod(sizes)
+    if need > there or (need != 1 and need != there):
+        said = " x ".join(map(str, sizes))
         raise InputError(
-            f"mesh {config.expert} x {config.data} needs {need} devices, {len(devices)} are there; "
-            "set mesh.expert and mesh.data"
+            f"mesh {said} ({', '.join(AXES)}) needs {need} devices, {there} are there; set mesh.data or another"
         )
-    for name, size, axis in (("experts", experts, config.expert), ("samples of an expert", batch, config.data)):
-        if size % axis:
-            raise InputError(f"{size} {name} cannot be spread evenly over {axis} devices; change the mesh or the batch")
-    return jax.make_mesh(
-        (config.expert, config.data), ("expert", "data"), devices=devices[:need], axis_types=(AxisType.Auto,) * 2
-    )
+    return sizes
 
 
 def shardings(mesh: Mesh, root: str, tree: Any) -> Any:
-    """A NamedSharding for every leaf of `tree`, whose names start with `root`."""
+    """A NamedSharding for every leaf of `tree`, whose names start with `root`; leaves may be shapes only.
+
+    An axis that does not divide a leaf's size is left out for that leaf.
+    """
 
     def of(path, leaf):
         name = "/".join([root, *(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)])
         spec = next(spec for pattern, spec in RULES if re.fullmatch(pattern, name))
-        return NamedSharding(mesh, P(*spec[: np.ndim(leaf)]))
+        fitting = (axes if size % _devices(mesh, axes) == 0 else None for size, axes in zip(np.shape(leaf), spec))
+        return NamedSharding(mesh, P(*fitting))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's part of a batch -> global arrays on the mesh."""
-    return jax.tree.map(jax.make_array_from_process_local_data, shardings(mesh, "batch", batch), batch)
+def _devices(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def put(tree: Any, where: Any) -> Any:
+    """Every process's whole copy of `tree` -> global arrays in the given shardings."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+
+    def one(leaf, sharding):
+        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(one, tree, where)
+
+
+def local_share(mesh: Mesh, experts: int, rows: int) -> Share:
+    """What this process feeds of a batch `[experts, rows, ...]`."""
+    sharding = NamedSharding(mesh, P("expert", ROWS))
+    parts = sharding.addressable_devices_indices_map((experts, rows)).values()
+    ranges = [[range(*cut.indices(size)) for cut, size in zip(part, (experts, rows))] for part in parts]
+    return Share(*(range(min(r.start for r in own), max(r.stop for r in own)) for own in zip(*ranges)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a training step's arrays live and how it is compiled: `jit` on a mesh, or `pmap` over the mesh's devices.
+
+    Either way arrays keep their natural shapes (no leading axis of devices), and the numbers are the same.
+    """
+
+    parallel: Literal["jit", "pmap"]
+    mesh: Mesh
+
+    @property
+    def axis(self) -> str | None:
+        """The mapped axis over which gradients and counts are summed by hand; under `jit` there is none."""
+        return "data" if self.parallel == "pmap" else None
+
+    def put_state(self, state: Any) -> Any:
+        """Train state onto its devices."""
+        return put(state, shardings(self.mesh, "state", state))
+
+    def put_frozen(self, frozen: Any) -> Any:
+        """Frozen weights onto their devices; those that are there already are not copied."""
+        return put(frozen, shardings(self.mesh, "frozen", frozen))
+
+    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's part of a batch `[K, B, ...]` onto its devices."""
+        if self.parallel == "jit":
+            where = shardings(self.mesh, "batch", batch)
+            return jax.tree.map(jax.make_array_from_process_local_data, where, batch)
+        count = self.mesh.size
+        parts = {name: np.stack(np.split(a, count, axis=1)) for name, a in batch.items()}
+        return jax.device_put(parts, NamedSharding(self.mesh, P("data")))
+
+    def compile(self, step: Callable) -> Callable:
+        """`step(state, frozen, batch) -> (state, metrics)`; the state that goes in is used up."""
+        return self._compiled(step, donate_argnums=(0,))
+
+    def compile_evaluation(self, evaluate: Callable) -> Callable:
+        """`evaluate(params, frozen, batch)`; nothing is used up."""
+        return self._compiled(evaluate, donate_argnums=())
+
+    def _compiled(self, function: Callable, donate_argnums: tuple[int, ...]) -> Callable:
+        if self.parallel == "jit":
+            return jax.jit(function, donate_argnums=donate_argnums)
+        devices = list(self.mesh.devices.flat)
+        mapped = dict(axis_name=self.axis, in_axes=(None, None, 0), out_axes=None, devices=devices)
+        return jax.pmap(function, donate_argnums=donate_argnums, **mapped)
+
+
+def layout(parallel: Literal["jit", "pmap"], mesh: Mesh) -> Layout:
+    """The layout; InputError where `pmap` is asked for more than one host's data parallelism."""
+    if parallel == "pmap" and (jax.process_count() > 1 or mesh.shape["data"] != mesh.size):
+        raise InputError(
+            "parallel: pmap spreads the batch over one host's devices (mesh.data) and nothing else; for the mesh "
+            f"{' x '.join(map(str, mesh.shape.values()))} on {jax.process_count()} hosts set parallel: jit"
+        )
+    return Layout(parallel, mesh)

@@ -17,7 +17,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from pivotjax.errors import InputError
 from pivotjax.models.generation import generate
-from pivotjax.models.language import Cache, load_language
+from pivotjax.models.language import Cache, Plan, load_language
 
 EIFFEL = (
     "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France. It is named after the "
@@ -111,11 +111,11 @@ def test_remat_changes_no_gradient(tmp_path):
 
     def total(x, remat):
         module = nnx.merge(language.graphdef, language.params)
-        return jnp.square(module(x, jnp.broadcast_to(jnp.arange(7), (2, 7)), None, remat=remat)[0]).sum()
+        return jnp.square(module(x, jnp.broadcast_to(jnp.arange(7), (2, 7)), None, plan=Plan(remat))[0]).sum()
 
-    plain, recomputed = (jax.grad(total)(x, remat) for remat in (False, True))
+    plain, recomputed = (jax.grad(total)(x, remat) for remat in ("none", "layers"))
     np.testing.assert_allclose(plain, recomputed, rtol=1e-5, atol=1e-5)
-    assert "remat" in str(jax.make_jaxpr(jax.grad(total), static_argnums=1)(x, True))
+    assert "remat" in str(jax.make_jaxpr(jax.grad(total), static_argnums=1)(x, "layers"))
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,11 @@ def test_no_arithmetic_beyond_the_minimum(tiny, experts):
     assert vocabulary_rows == samples * CAPTION
 
 
-def test_remat_changes_memory_not_numbers(tiny):
+@pytest.mark.parametrize("remat", ["layers", "dots"])
+def test_remat_changes_memory_not_numbers(tiny, remat):
     batch = tiny.batch(0)
     plain, _ = jax.jit(tiny.step())(tiny.state(3), tiny.frozen, batch)
-    again, _ = jax.jit(tiny.step(remat=True))(tiny.state(3), tiny.frozen, batch)
+    again, _ = jax.jit(tiny.step(remat=remat))(tiny.state(3), tiny.frozen, batch)
     for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(again.params)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 

@@ -1,5 +1,6 @@
 """A tiny random backbone and random batches: everything that the training room needs, in a second."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from pivotjax.models import projector
 from pivotjax.models.language import FAMILIES, DecoderConfig, abstract
 from pivotjax.models.vlm import IMAGE_TOKEN
 from pivotjax.training.optimizer import TrainingConfig, adamw, per_expert
-from pivotjax.training.step import init_state, make_step
+from pivotjax.training.step import Network, init_state, make_step
 
 VISUAL, PROMPT, CAPTION, FEATURE = 4, 1, 5, 12
 CONFIG = DecoderConfig(
@@ -23,13 +24,17 @@ class Tiny(NamedTuple):
     """A backbone with its step, and W0."""
 
     graphdef: nnx.GraphDef
-    frozen: dict
+    frozen: dict  # {"language": parameters}
     w0: projector.Params
     training: TrainingConfig
     first_position: int = VISUAL + PROMPT - 1
 
-    def step(self, **options):
-        return make_step(self.graphdef, self.optimizer, first_position=self.first_position, **options)
+    @property
+    def network(self):
+        return Network(self.graphdef)
+
+    def step(self, layout=None, **changes):
+        return make_step(self.network, self.optimizer, dataclasses.replace(self.training, **changes), layout)
 
     @property
     def optimizer(self):
@@ -46,9 +51,10 @@ class Tiny(NamedTuple):
         image = np.full((*shape, VISUAL), IMAGE_TOKEN)
         prompt = np.full((*shape, PROMPT), 7)
         return {
-            "features": rng.normal(size=(*shape, VISUAL, FEATURE)).astype(dtype),
+            "features": rng.normal(size=(*shape, 1, VISUAL, FEATURE)).astype(dtype),
             "tokens": np.concatenate([image, prompt, targets[..., :-1]], axis=-1).astype(np.int32),
             "targets": targets.astype(np.int32),
+            "places": np.broadcast_to(self.first_position + np.arange(CAPTION, dtype=np.int32), targets.shape),
             "weights": (np.arange(CAPTION) < lengths[..., None]).astype(dtype),
         }
 
@@ -67,4 +73,4 @@ def build(dtype=jnp.float32, config=CONFIG, **training) -> Tiny:
     w0 = projector.init("mlp2x_gelu", FEATURE, config.dim, jax.random.key(1), 0.1)
     w0 = jax.tree.map(lambda a: a.astype(dtype), w0)
     settings = TrainingConfig(**{"steps": 20, "learning_rate": 1e-2} | training)
-    return Tiny(graphdef, frozen, w0, settings)
+    return Tiny(graphdef, {"language": frozen}, w0, settings)

@@ -17,13 +17,13 @@ from pivotjax.errors import InputError
 from pivotjax.files import read_json, sha256
 from pivotjax.models.abstract import abstract as abstract_of
 from pivotjax.models.language import llama, mistral, phi3, qwen2, qwen3, sentencepiece
-from pivotjax.models.language.decoder import Cache, Decoder, DecoderConfig
+from pivotjax.models.language.decoder import Cache, Decoder, DecoderConfig, Plan, Remat
 from pivotjax.models.language.family import Family
 from pivotjax.models.settings import Settings
 
 __all__ = [
-    "FAMILIES", "GGUF_FAMILIES", "Cache", "Decoder", "DecoderConfig", "Family", "Language", "abstract", "family_of",
-    "has_tokenizer", "load_language", "load_weights", "read_tokenizer",
+    "FAMILIES", "GGUF_FAMILIES", "Cache", "Decoder", "DecoderConfig", "Family", "Language", "Plan", "Remat", "abstract",
+    "family_of", "has_tokenizer", "load_language", "load_weights", "read_tokenizer",
 ]  # fmt: skip
 
 

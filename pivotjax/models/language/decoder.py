@@ -5,8 +5,9 @@ The layers' weights are stacked on a leading axis and scanned, so that compile t
 Architecture: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288); sliding windows: Jiang et al. 2023 (arXiv 2310.06825).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from pivotjax.models.language.rope import Rope, rotate, rotations
 
 NO_WINDOW = 2**31 - 1
 _PIECE = 256  # terms
+
+Remat = Literal["none", "layers", "dots", "offload"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,28 @@ class Cache(NamedTuple):
         """A cache of zeros for `batch` sequences of up to `length` tokens."""
         shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), jnp.int32))
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
+class Plan(NamedTuple):
+    """How the layers are computed in training; the numbers are the same.
+
+    Fields:
+        remat: what the backward pass computes again: `none`; whole `layers`, of which only the inputs are kept; or all
+            but the products with weights (`dots`), which are kept, on the device or in the host's memory (`offload`).
+        attention: instead of XLA's, for queries `[B,L,heads,head_dim]` over keys and values `[B,L,kv,head_dim]`.
+        place: what is done to the activations `[B,L,D]` between layers: says where they live on a mesh.
+    """
+
+    remat: Remat = "none"
+    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    place: Callable[[jax.Array], jax.Array] = _same
+
+
+PLAIN = Plan()
 
 
 class RMSNorm(nnx.Module):
@@ -115,10 +140,15 @@ class Layer(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def attend(self, x: Float[Array, "B L D"], q, k, v, mask: Bool[Array, "B L S"] | None) -> Float[Array, "B L D"]:
-        """Adds attention over the S keys (causal where `mask` is None) and the MLP to `x`."""
-        mask = None if mask is None else mask[:, None]
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)  # softmax in float32
+    def attend(
+        self, x: Float[Array, "B L D"], q, k, v, mask: Bool[Array, "B L S"] | None, attention: Callable | None = None
+    ) -> Float[Array, "B L D"]:
+        """Adds attention over the S keys (causal where `mask` is None; `attention` does it its own way) and the MLP."""
+        if attention is None:
+            mask = None if mask is None else mask[:, None]
+            mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)  # softmax in float32
+        else:
+            mixed = attention(q, k, v)
         x = x + self.o(mixed.reshape(*x.shape[:2], -1))
         return x + self._mlp(self.mlp_norm(x))
 
@@ -152,14 +182,13 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "B L S"] | None,
         cache: Cache | None = None,
         index: int | Int[Array, ""] = 0,
-        remat: bool = False,
+        plan: Plan = PLAIN,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """Hidden states after the final norm, and the cache with this call's keys and values written in.
 
         Without a cache S = L, and `mask=None` means causal. With one, the L new keys and values go to the slots
         `index .. index+L-1` of its S, and `mask` (needed) says which slots each query sees. Sliding windows come on top
-        and go by position, not by slot. `remat` recomputes each layer in the backward pass instead of keeping its
-        activations.
+        and go by position, not by slot.
         """
         if cache is not None and mask is None:
             raise ValueError("a cache needs a mask: which of its slots does each query see?")
@@ -182,9 +211,9 @@ class Decoder(nnx.Module):
                 buffers = tuple(_write(buffer, new, number, index) for buffer, new in zip(buffers, (k, v)))
                 k, v = (jax.lax.dynamic_index_in_dim(buffer, number, keepdims=False) for buffer in buffers)
             seen = mask & (back < window) if config.windows else mask
-            return (module.attend(x, q, k, v, seen), buffers), None
+            return (plan.place(module.attend(x, q, k, v, seen, plan.attention)), buffers), None
 
-        body = jax.checkpoint(layer) if remat else layer
+        body = layer if plan.remat == "none" else jax.checkpoint(layer, policy=_policy(plan.remat))
         windows = jnp.array(config.windows, jnp.int32) if config.windows else None
         buffers = None if cache is None else (cache.key, cache.value)
         (x, buffers), _ = jax.lax.scan(body, (x, buffers), (stacked, jnp.arange(config.num_layers), windows))
@@ -192,9 +221,23 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... vocab"]:
         """Next-token logits of final hidden states, accumulated and returned in float32."""
-        if self.config.tie_embeddings:
-            return jnp.einsum("...d,vd->...v", hidden, self.embedding[...], preferred_element_type=jnp.float32)
-        return jnp.einsum("...d,dv->...v", hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
+        kernel, tied = self.head_weights()
+        return jnp.einsum(
+            "...d,vd->...v" if tied else "...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32
+        )
+
+    def head_weights(self) -> tuple[jax.Array, bool]:
+        """The matrix that makes logits: the head's `[D, vocab]`, or the embedding `[vocab, D]` and True."""
+        tied = self.config.tie_embeddings
+        return (self.embedding if tied else self.head.kernel)[...], tied
+
+
+def _policy(remat: Remat) -> Callable | None:
+    """What `jax.checkpoint` keeps of a layer."""
+    policies = jax.checkpoint_policies
+    if remat == "offload":
+        return policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    return policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
 
 
 def _in_short_sums(x: Float[Array, "B L M"], kernel: Float[Array, "M D"]) -> Float[Array, "B L D"]:

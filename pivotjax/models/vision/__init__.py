@@ -1,7 +1,6 @@
 """Vision encoders: one loader for Hugging Face folders and EfficientNet-Lite's weights, and a registry of families."""
 
 import hashlib
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,7 +23,7 @@ from pivotjax.models.vision.vit import VisionConfig, VisionTransformer
 
 __all__ = [
     "FAMILIES", "Encoder", "Family", "Features", "VisionConfig", "VisionTransformer", "abstract", "depth_of", "encode",
-    "load_encoder", "select",
+    "load_encoder", "select", "visual_features",
 ]  # fmt: skip
 
 # By `model_type` of config.json.
@@ -92,8 +91,14 @@ def encode(encoder: Encoder, images: UInt8[Array, "B S S 3"]) -> Float[Array, "B
     return _encode(encoder.graphdef, encoder.features, encoder.normalise, encoder.params, images)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _encode(graphdef, chosen, normalise, params, images):
+def visual_features(
+    graphdef: nnx.GraphDef,
+    chosen: Features,
+    normalise: Normalisation | None,
+    params: dict,
+    images: UInt8[Array, "B S S 3"],
+) -> Float[Array, "B T D"]:
+    """What `encode` computes, for use inside a larger program; in the parameters' type."""
     network = nnx.merge(graphdef, params)
     if normalise is None:
         tokens = network.tokens(images)
@@ -101,6 +106,9 @@ def _encode(graphdef, chosen, normalise, params, images):
         pixels = (images * jnp.float32(normalise.factor) - jnp.array(normalise.mean)) / jnp.array(normalise.std)
         tokens = select(network, pixels, chosen)
     return connectors.reduce(chosen.kind, tokens)
+
+
+_encode = jax.jit(visual_features, static_argnums=(0, 1, 2))
 
 
 def select(tower: VisionTransformer, pixels: Float[Array, "B H W 3"], chosen: Features) -> Float[Array, "B T D"]:
