@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -12,6 +12,10 @@ from tokenizers import Tokenizer
 from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
 from pivotjax.models.vlm import IMAGE_TOKEN
+
+Template = Literal["prompt", "plain"]
+LongCaptions = Literal["drop", "truncate"]
+_PLAIN_END = "\n"  # of LLaVA's conversation `plain`
 
 
 class Encoded(NamedTuple):
@@ -24,10 +28,15 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Captioner:
-    """Turns captions into `[image] * num_visual + prompt + caption + end`.
+    """Turns captions into sequences, by one of two templates.
 
-    `max_caption` (T) counts the end token. The last target is never an input, so a sequence has
-    `length = num_visual + len(prompt) + T - 1` tokens, right-padded with the end token.
+    `prompt`: `[image] * num_visual + prompt + caption + end of sequence`. `plain`: as LLaVA's stage 1 tokenises
+    (`preprocess_plain`), `bos + [image] * num_visual + caption + "\\n"`, where bos is what the tokenizer begins texts
+    with (nothing, where it does not) and there is no end of sequence.
+
+    `max_caption` (T) counts the end. The last target is never an input, so a sequence has
+    `length = first_position + T` tokens, right-padded with the end-of-sequence token. `long_captions`: those that are
+    longer do not fit (`drop`), or lose what is over, the end included, as LLaVA's do (`truncate`).
     """
 
     tokenizer: Tokenizer
@@ -35,15 +44,37 @@ class Captioner:
     prompt: str = "\n"
     num_visual: int = 16
     max_caption: int = 12
+    template: Template = "prompt"
+    long_captions: LongCaptions = "drop"
+
+    @property
+    def identity(self) -> str:
+        """What names the sequences' form, for checkpoints: the prompt, or the template that has none."""
+        return self.prompt if self.template == "prompt" else self.template
+
+    @cached_property
+    def begin_ids(self) -> tuple[int, ...]:
+        """Tokens before the image."""
+        if self.template == "prompt":
+            return ()
+        return tuple(id_ for id_ in self.tokenizer.encode("").ids[:1] if id_ != self.eos_id)
 
     @cached_property
     def prompt_ids(self) -> tuple[int, ...]:
+        """Tokens between image and caption."""
+        if self.template == "plain":
+            return ()
         return tuple(self.tokenizer.encode(self.prompt, add_special_tokens=False).ids)
+
+    @cached_property
+    def head(self) -> Int32[np.ndarray, " H"]:
+        """Every sequence's beginning: all that stands before the caption."""
+        return np.array([*self.begin_ids, *[IMAGE_TOKEN] * self.num_visual, *self.prompt_ids], np.int32)
 
     @property
     def first_position(self) -> int:
         """Where in the sequence the logits of the caption's first token stand."""
-        return self.num_visual + len(self.prompt_ids) - 1
+        return len(self.head) - 1
 
     @property
     def length(self) -> int:
@@ -51,11 +82,15 @@ class Captioner:
         return self.first_position + self.max_caption
 
     def caption_ids(self, caption: str) -> list[int]:
-        """The caption's own tokens and the end token."""
-        return [*self.tokenizer.encode(caption, add_special_tokens=False).ids, self.eos_id]
+        """The caption's own tokens and its end, cut to `max_caption` where long captions are truncated."""
+        if self.template == "plain":
+            ids = self.tokenizer.encode(caption + _PLAIN_END, add_special_tokens=False).ids
+        else:
+            ids = [*self.tokenizer.encode(caption, add_special_tokens=False).ids, self.eos_id]
+        return ids[: self.max_caption] if self.long_captions == "truncate" else ids
 
     def fits(self, caption: str) -> bool:
-        """Whether the caption with its end token has at most `max_caption` tokens."""
+        """Whether the caption with its end has at most `max_caption` tokens, or is cut so that it has."""
         return len(self.caption_ids(caption)) <= self.max_caption
 
     def keep_fitting(self, items: Iterable[Item]) -> tuple[list[Item], int]:
@@ -69,8 +104,7 @@ class Captioner:
         ids = self.caption_ids(caption)
         if len(ids) > self.max_caption:
             raise InputError(f"caption {caption!r} has {len(ids)} tokens, over {self.max_caption}; shorten or drop it")
-        padding = self.max_caption - len(ids)
-        targets = ids + [self.eos_id] * padding
-        tokens = [IMAGE_TOKEN] * self.num_visual + list(self.prompt_ids) + targets[:-1]
-        weights = [1.0] * len(ids) + [0.0] * padding
-        return Encoded(np.array(tokens, np.int32), np.array(targets, np.int32), np.array(weights, np.float32))
+        targets = np.full(self.max_caption, self.eos_id, np.int32)
+        targets[: len(ids)] = ids
+        weights = (np.arange(self.max_caption) < len(ids)).astype(np.float32)
+        return Encoded(np.concatenate([self.head, targets[:-1]]), targets, weights)

