@@ -52,7 +52,7 @@ class TrainingCheckpoints:
         self._checkpointer, self._folder, self._belongs = checkpointer, folder, belongs
         self._saving: tuple[int, Any] | None = None
 
-    def save(self, step: int, state: Any, counts: list[int], loss: float | None = None) -> None:
+    def save(self, step: int, state: Any, counts: dict[str, int], loss: float | None = None) -> None:
         """Starts to save `state` (a NamedTuple of arrays) as it is now, and returns before it is on the disk.
 
         `counts` are the bad samples so far, by reason; `loss` is the held-out loss that `keep_best` goes by. Raises
@@ -62,9 +62,10 @@ class TrainingCheckpoints:
         note = {"sums": checksums(state).tolist(), "counts": counts, "belongs": self._belongs}
         metrics = None if loss is None else {"loss": loss}
         tree = {"state": state._asdict()}
-        saving = self._checkpointer.save_checkpointables_async(
-            step, tree, force=True, metrics=metrics, custom_metadata=note
-        )
+        with store.disk_errors(self._folder):
+            saving = self._checkpointer.save_checkpointables_async(
+                step, tree, force=True, metrics=metrics, custom_metadata=note
+            )
         self._saving = (step, saving)
 
     def check(self) -> None:
@@ -77,12 +78,13 @@ class TrainingCheckpoints:
         if self._saving is None:
             return
         (step, saving), self._saving = self._saving, None
-        saving.result()
+        with store.disk_errors(self._folder):
+            saving.result()
         if jax.process_index() == 0 and _on_disk(self._folder):
             store.note_sizes(Path(self._folder / str(step)))
 
-    def restore(self, state: Any) -> tuple[Any, list[int]]:
-        """The newest whole checkpoint: (state in the shardings of `state`, counts); (`state`, []) where there is none.
+    def restore(self, state: Any) -> tuple[Any, dict[str, int]]:
+        """The newest whole checkpoint: (state in the shardings of `state`, counts); (`state`, {}) where there is none.
 
         One that is damaged is said, renamed to `<step>.damaged` and passed over for the one before it. InputError if a
         checkpoint belongs to another run.
@@ -94,9 +96,9 @@ class TrainingCheckpoints:
                 if found is not None:
                     return found
             self._put_aside(folder)
-        return state, []
+        return state, {}
 
-    def _load(self, latest: Any, state: Any) -> tuple[Any, list[int]] | None:
+    def _load(self, latest: Any, state: Any) -> tuple[Any, dict[str, int]] | None:
         """A checkpoint's content, None if it is not what was saved."""
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state._asdict())
         try:
@@ -154,12 +156,13 @@ def training_checkpoints(
         )
         policy = _policies.AnyPreservationPolicy([policy, best])
     where = Path(folder).absolute() if _on_disk(folder) else folder
-    opened = ocp.training.Checkpointer(where, preservation_policy=policy, cleanup_tmp_directories=True)
-    with store.disk_errors(folder), opened as checkpointer:  # Orbax tells of a failed save once more when it is closed
-        saved = TrainingCheckpoints(checkpointer, folder, json.loads(json.dumps(belongs or {})))
-        try:
-            yield saved
-        finally:
+    with store.disk_errors(folder):
+        checkpointer = ocp.training.Checkpointer(where, preservation_policy=policy, cleanup_tmp_directories=True)
+    saved = TrainingCheckpoints(checkpointer, folder, json.loads(json.dumps(belongs or {})))
+    try:
+        yield saved
+    finally:
+        with store.disk_errors(folder), checkpointer:  # Orbax tells of a failed save once more when it is closed
             saved.wait()
 
 

@@ -1,121 +1,254 @@
-"""The training loop: steps, metrics, checkpoints, resume."""
+"""The training loop: steps, metrics, checkpoints, resume, and how a run ends."""
 
-import json
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int64
 
-from pivotjax import files
-from pivotjax.checkpoints import store
-from pivotjax.config import check_least
+from pivotjax.checkpoints.training import CheckpointConfig, TrainingCheckpoints, training_checkpoints
+from pivotjax.data.pipeline import COUNTED, HOST_KEYS, Batch, Feed
 from pivotjax.errors import InputError
 from pivotjax.progress import Bar, say
-from pivotjax.training import parallel
+from pivotjax.training import hosts
+from pivotjax.training.evaluation import HeldOut, mean_loss
+from pivotjax.training.incidents import Watch
+from pivotjax.training.metrics import (
+    Counts,
+    Log,
+    Meter,
+    MetricsConfig,
+    Profile,
+    Work,
+    contents,
+    once_each_share,
+    peak_flops,
+    per_expert,
+)
 from pivotjax.training.optimizer import TrainingConfig, schedule
+from pivotjax.training.parallel import Layout
 from pivotjax.training.step import Metrics, TrainState
 
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When training state is saved (projector, optimizer state and data iterator only)."""
-
-    every_steps: int = 25
-    """Steps between checkpoints."""
-    keep: int = 2
-    """How many of the newest are kept."""
-
-    def __post_init__(self) -> None:
-        check_least(self, every_steps=1, keep=1)
+TERMINATED = 143  # exit status after SIGTERM, as a shell gives it
 
 
 def train(
-    step: Any,
+    step: Callable,
     state: TrainState,
     frozen: Any,
-    batches: Iterator[dict[str, np.ndarray]],
+    feed: Feed,
     *,
-    mesh: Mesh,
-    names: Sequence[str],
+    layout: Layout,
     config: TrainingConfig,
     checkpoints: CheckpointConfig,
+    metrics: MetricsConfig,
     folder: Path,
+    held_out: HeldOut | None = None,
+    work: Work | None = None,
+    belongs: dict[str, Any] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> TrainState:
-    """Runs `step` until `config.steps`, resuming from the newest checkpoint below `folder` if there is one.
+    """Runs `step` until `config.steps`, going on from the newest whole checkpoint if there is one.
 
-    `batches` is a grain iterator; its state is part of each checkpoint, so a resumed run sees the very batches that an
-    uninterrupted one would. Metrics go to `folder/metrics.jsonl`. Raises InputError when no expert is left alive.
+    Every process of the run calls it with the same arguments, but for its share of `feed`. Batches are addressed by
+    step, so a resumed run sees the very batches that an uninterrupted one would.
+
+    Args:
+        step: of `pivotjax.training.step.make_step`, not compiled.
+        state, frozen: put onto the devices of `layout` here.
+        held_out: evaluated every `metrics.evaluate_every` steps.
+        work: least arithmetic of a token and an image, for the MFU; None: no MFU.
+        belongs: what the run is made of (JSON); a checkpoint made of something else is refused.
+        clock: seconds, never set back.
+
+    Returns the state after the last step, on its devices. Files below `folder`: `metrics.jsonl`, `incidents.jsonl`,
+    `held_out.jsonl`, `training/`.
+
+    Raises InputError when no expert is left alive, where `config.guard` says abort, and on a disk that cannot be
+    written to. On SIGTERM, the step is finished and saved, and SystemExit(143) raised, in all processes together.
     """
-    state = jax.device_put(state, parallel.shardings(mesh, "state", state))
-    frozen = jax.device_put(frozen, parallel.shardings(mesh, "frozen", frozen))
-    jitted = jax.jit(step, donate_argnums=0)
-    rate = schedule(config)
-    with store.training_checkpoints(folder / "training", keep=checkpoints.keep) as saved:
-        state, batches = saved.restore(state, batches)
-        done = int(state.step)
-        metrics_file = _resumed_metrics(folder / "metrics.jsonl", done)
+    if reserved := {"step", "learning_rate", "bad", "mean"} & set(feed.names):
+        raise InputError(f"{reserved.pop()!r} is a column of the metrics; give that domain another name")
+    place = checkpoints.folder or folder / "training"
+    with training_checkpoints(place, checkpoints, belongs) as saved, _sigterm() as told_to_end:
+        state, counts = saved.restore(layout.put_state(state))
+        done = int(hosts.fetch(state.step))
         if done:
             say(f"going on from step {done}")
-        was_alive = np.asarray(state.alive)
-        with Bar(config.steps, "pre-training", "step", initial=done) as bar, open(metrics_file, "a") as log:
-            started = time.monotonic()
-            for number in range(done + 1, config.steps + 1):
-                state, metrics = jitted(state, frozen, parallel.put_batch(mesh, next(batches)))
-                alive = np.asarray(metrics.alive)
-                _watch(was_alive, alive, names, number)
-                was_alive = alive
-                if number % config.log_every == 0 or number in (1, config.steps):
-                    seconds = (time.monotonic() - started) / (number - done)
-                    _log(log, number, names, metrics, float(rate(number - 1)), seconds)
-                bar.update(1, f"loss {np.nanmean(np.asarray(metrics.loss)):.2f}")
-                if number % checkpoints.every_steps == 0 or number == config.steps:
-                    log.flush()
-                    saved.save(number, state, batches)
-    return state
-
-
-def _watch(before: np.ndarray, now: np.ndarray, names: Sequence[str], step: int) -> None:
-    for name, was, lives in zip(names, before, now, strict=True):
-        if was and not lives:
-            say(
-                f"expert {name}: loss or gradient not finite at step {step}; "
-                "it keeps its last finite weights, the others go on"
+        with Log(folder, done, metrics.tensorboard) as log, Bar(config.steps, "pre-training", "step", done) as bar:
+            peak = peak_flops(list(layout.mesh.devices.flat))
+            run = _Run(
+                step=layout.compile(step),
+                frozen=layout.put_frozen(frozen),
+                feed=feed,
+                layout=layout,
+                config=config,
+                checkpoints=checkpoints,
+                evaluate_every=metrics.evaluate_every if held_out else 0,
+                held_out=held_out,
+                saved=saved,
+                log=log,
+                bar=bar,
+                meter=Meter(work or Work(), feed.share, peak, clock),
+                profile=Profile(metrics, folder / "profile"),
+                watch=Watch(feed, layout, config.guard, log),
+                told_to_end=told_to_end,
+                clock=clock,
+                rates=jax.device_get(jax.vmap(schedule(config))(jnp.arange(config.steps))),
+                alive=hosts.fetch(state.alive),
+                bad_before=Counter(counts),
             )
-    if not now.any():
-        raise InputError(
-            f"no expert has a finite loss at step {step} ({', '.join(names)}); "
-            "lower training.learning_rate or check the data"
-        )
+            return run.go(state, done)
 
 
-def _log(log: Any, step: int, names: Sequence[str], metrics: Metrics, rate: float, seconds: float) -> None:
-    if jax.process_index() == 0:
-        row = {"step": step, "learning_rate": rate, "seconds_per_step": round(seconds, 4)}
-        for name, loss, norm, alive in zip(names, *map(np.asarray, metrics), strict=True):
-            finite = bool(np.isfinite(loss))
-            row[name] = {
-                "loss": float(loss) if finite else None,
-                "gradient_norm": float(norm) if np.isfinite(norm) else None,
-                "alive": bool(alive),
-            }
-        log.write(json.dumps(row) + "\n")
-        log.flush()
+class _Started(NamedTuple):
+    """A step that the devices may still be at work on."""
+
+    number: int
+    metrics: Metrics
+    ids: Int64[np.ndarray, "K B I"]
+    counts: Counts
 
 
-def _resumed_metrics(path: Path, done: int) -> Path:
-    """Drops the rows after step `done`: the steps they tell of are about to be run again."""
-    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-    files.write_bytes(
-        path, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= done).encode()
-    )
-    return path
+@dataclass
+class _Run:
+    """A run's parts, and where it is. Metrics are fetched a step late, so that the devices always have work."""
+
+    step: Callable
+    frozen: Any
+    feed: Feed
+    layout: Layout
+    config: TrainingConfig
+    checkpoints: CheckpointConfig
+    evaluate_every: int
+    held_out: HeldOut | None
+    saved: TrainingCheckpoints
+    log: Log
+    bar: Bar
+    meter: Meter
+    profile: Profile
+    watch: Watch
+    told_to_end: threading.Event
+    clock: Callable[[], float]
+    rates: Float[np.ndarray, " steps"]
+    alive: Bool[np.ndarray, " K"]
+    bad_before: Counter[str]  # of the lives before this one
+    bad: Int64[np.ndarray, " C"] = field(default_factory=lambda: np.zeros(len(COUNTED), np.int64))  # of this process
+    started: _Started | None = None
+    time_to_save: bool = False
+
+    def __post_init__(self) -> None:
+        self.last_saved = self.clock()
+
+    def go(self, state: TrainState, done: int) -> TrainState:
+        """Steps `done + 1` to the last."""
+        if done >= self.config.steps:
+            return state
+        with contextlib.closing(self.feed.start(done)) as batches, contextlib.closing(self.profile):
+            for number in range(done + 1, self.config.steps + 1):
+                state = self._start(number, state, batches)
+                self.saved.check()
+                last, end = number == self.config.steps, self.told_to_end.is_set() or hosts.preempted(number)
+                if self.evaluate_every and (last or number % self.evaluate_every == 0):
+                    loss = self._evaluate(number, state)
+                else:
+                    loss = None
+                best = loss is not None and self.checkpoints.keep_best > 0
+                if last or end or best or self.time_to_save or number % self.checkpoints.every_steps == 0:
+                    self._save(number, state, loss)
+                if end and not last:
+                    self._end(number)
+        self._summary()
+        return state
+
+    def _start(self, number: int, state: TrainState, batches: Iterator[Batch]) -> TrainState:
+        """Starts step `number`, then looks at how the one before it went."""
+        with self.meter.waiting():
+            batch = next(batches)
+        on_devices = {key: a for key, a in batch.items() if key not in HOST_KEYS}
+        self.bad += batch["bad"]
+        self.profile.begin(number)
+        state, metrics = self.step(state, self.frozen, self.layout.put_batch(on_devices))
+        self._finish()
+        self.started = _Started(number, metrics, batch["ids"], contents(batch))
+        return state
+
+    def _finish(self) -> None:
+        """Waits for the step under way: its incidents, its row of metrics."""
+        if self.started is None:
+            return
+        (number, metrics, ids, counts), self.started = self.started, None
+        metrics = hosts.fetch(metrics)
+        self.profile.end(number)
+        self.meter.count(counts)
+        self.watch.look(number, metrics, self.alive, ids)
+        self.alive = metrics.alive
+        if number % self.config.log_every == 0 or number in (1, self.config.steps):
+            self._row(number, metrics)
+        finite = metrics.loss[np.isfinite(metrics.loss)]
+        self.bar.update(1, f"loss {finite.mean():.2f}" if finite.size else "")
+
+    def _row(self, number: int, metrics: Metrics) -> None:
+        row = {"step": number, "learning_rate": float(self.rates[number - 1])} | self.meter.row()
+        columns = {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm, "alive": metrics.alive}
+        self.log.metrics(row | {"bad": dict(self._bad())} | per_expert(self.feed.names, **columns))
+        if self.checkpoints.every_minutes:  # here, where the processes can agree on it
+            due = self.clock() - self.last_saved >= 60 * self.checkpoints.every_minutes
+            self.time_to_save = bool(hosts.gather(np.asarray(due))[0])
+
+    def _bad(self) -> Counter[str]:
+        """Samples that could not be used since the run's very beginning, by reason."""
+        share = self.feed.share
+        place = (share.experts.start, share.rows.start) if share else (0, 0)
+        told = once_each_share(hosts.gather(np.array([*place, *self.bad], np.int32)))
+        return self.bad_before + Counter(dict(zip(COUNTED, told.tolist())))
+
+    def _evaluate(self, number: int, state: TrainState) -> float:
+        """Held-out loss of every expert after step `number`; their mean."""
+        self._finish()
+        with self.meter.aside():
+            losses = self.held_out(state.params, self.frozen)
+        mean = mean_loss(losses)
+        row = {"step": number, "mean": mean if np.isfinite(mean) else None}
+        self.log.held_out(row | per_expert(self.feed.names, loss=losses))
+        return mean
+
+    def _save(self, number: int, state: TrainState, loss: float | None) -> None:
+        self._finish()
+        self.saved.save(number, state, dict(self._bad()), loss)
+        self.last_saved, self.time_to_save = self.clock(), False
+
+    def _end(self, number: int) -> None:
+        self.saved.wait()
+        say(f"told to end (SIGTERM): step {number} is finished and saved; the same command goes on from there")
+        raise SystemExit(TERMINATED)
+
+    def _summary(self) -> None:
+        if bad := self._bad():
+            say("samples that could not be used: " + ", ".join(f"{count} {reason}" for reason, count in bad.items()))
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `folder/metrics.jsonl`."""
-    return [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, instead of what it did before.
+
+    With several processes JAX listens for the signal, and tells all of them (`hosts.preempted`).
+    """
+    told = threading.Event()
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
