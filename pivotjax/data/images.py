@@ -12,6 +12,7 @@ from pivotjax.data.sources.molecules import draw
 from pivotjax.errors import InputError
 
 SIZE = 224
+_FILTER = Image.Resampling.BICUBIC
 _DRAWN = 1024  # pixels of a drawing's longer edge, where nothing else says
 _BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # all that the decoders raise
 
@@ -19,7 +20,7 @@ _BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # al
 def render(item: Item, size: int = SIZE) -> UInt8[np.ndarray, "S S 3"]:
     """The item's picture, centred in a white square of `size` pixels. InputError naming it where it cannot be read."""
     try:
-        return _square(_decode(item.image, item.kind, size), size)
+        return square(ImageOps.exif_transpose(_decode(item.image, item.kind, size)), size)
     except _BROKEN as error:
         if isinstance(error, InputError):
             raise
@@ -28,7 +29,7 @@ def render(item: Item, size: int = SIZE) -> UInt8[np.ndarray, "S S 3"]:
 
 def open_image(path: Path, size: int = SIZE) -> UInt8[np.ndarray, "S S 3"]:
     """Any picture file, turned as its camera says, centred in a white square of `size` pixels; InputError names it."""
-    return _square(read_image(path, size), size)
+    return square(ImageOps.exif_transpose(read_image(path, size)), size)
 
 
 def read_image(path: Path, drawn: int = _DRAWN) -> Image.Image:
@@ -45,11 +46,14 @@ def read_image(path: Path, drawn: int = _DRAWN) -> Image.Image:
 
 
 def _decode(data: bytes, kind: str, size: int) -> Image.Image:
+    return Image.open(io.BytesIO(drawn(data, kind, size)))
+
+
+def drawn(data: bytes, kind: str, size: int) -> bytes:
+    """What Pillow reads: of an SVG or a molecule a PNG that fits in `size` x `size`, of a picture its own bytes."""
     if kind == "smiles":
-        data = draw(data.decode(), size)
-    if kind == "svg":
-        data = _rasterise(data.decode(), size)
-    return Image.open(io.BytesIO(data))
+        return draw(data.decode(), size)
+    return _rasterise(data.decode(), size) if kind == "svg" else data
 
 
 def _rasterise(svg: str, size: int) -> bytes:
@@ -61,14 +65,16 @@ def _rasterise(svg: str, size: int) -> bytes:
     return resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
 
 
-def _square(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
+def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """A picture of any mode, centred in a white square of `size` pixels."""
     if image.mode.startswith("I;16"):  # 16 bits of grey; Pillow would clip instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = ImageOps.exif_transpose(image).convert("RGBA")
-    fitted = ImageOps.contain(image, (size, size), Image.Resampling.BICUBIC)
-    square = Image.new("RGBA", (size, size), "white")
-    square.alpha_composite(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
-    return np.asarray(square.convert("RGB"))
+    mode = "RGB" if image.mode == "RGB" and "transparency" not in image.info else "RGBA"
+    fitted = ImageOps.contain(image.convert(mode) if image.mode != mode else image, (size, size), _FILTER)
+    canvas = Image.new(mode, (size, size), "white")
+    place = ((size - fitted.width) // 2, (size - fitted.height) // 2)
+    canvas.paste(fitted, place) if mode == "RGB" else canvas.alpha_composite(fitted, place)
+    return np.asarray(canvas.convert("RGB"))
 
 
 def _line(error: Exception) -> str:

@@ -12,14 +12,14 @@ class Item:
     """One captioned image, not yet rendered.
 
     `key` names it uniquely over all domains; `concept` decides its split (see `pivotjax.data.concepts`); `image` is
-    what `kind` says: the bytes of an SVG or of a PNG, or a molecule's SMILES.
+    what `kind` says: the bytes of an SVG, of a PNG or of any picture that Pillow reads, or a molecule's SMILES.
     """
 
     key: str
     concept: str
     caption: str
     image: bytes
-    kind: Literal["svg", "png", "smiles"]
+    kind: Literal["svg", "png", "smiles", "picture"]
 
 
 @dataclass(frozen=True)

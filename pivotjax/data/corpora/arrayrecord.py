@@ -1,0 +1,171 @@
+"""ArrayRecord files of captioned pictures: a layout of our own, for fast random access on local or mounted disks.
+
+A record is a line of JSON, `{"key": ..., "caption": ...}`, and after its newline the picture's file as it was. Files
+are written with groups of one record, so that one sample is one read.
+"""
+
+import contextlib
+import json
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from pivotjax.data.corpora import base
+from pivotjax.data.corpora.opened import Opened, is_remote
+from pivotjax.data.decode import BadSample
+from pivotjax.data.sources.base import Item
+from pivotjax.errors import InputError
+from pivotjax.files import atomic_path
+from pivotjax.progress import Bar, say
+
+_SUFFIXES = (".arrayrecord", ".array_record")
+_WRITER = "group_size:1,uncompressed"  # pictures do not compress
+_READER = "readahead_buffer_size:0,max_parallelism:0"  # random access
+_MOST_OPEN = 64
+_LONGEST_LINE = 1 << 18  # bytes
+
+
+@dataclass(frozen=True)
+class ArrayRecordCorpus:
+    """`ends`: how many records there are up to the end of each of `files`."""
+
+    files: tuple[str, ...]
+    ends: tuple[int, ...]
+    identity: str
+    lost: dict[str, int]
+    readers: Opened[ArrayRecordReader]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Item:
+        key, caption, image = self._record(index)
+        return base.make_item(key, caption, image)
+
+    def caption(self, index: int) -> str:
+        return self._record(index)[1]
+
+    def _record(self, index: int) -> tuple[str, str, bytes]:
+        index = base.checked_index(index, len(self))
+        number = bisect_right(self.ends, index)
+        place = index - (self.ends[number - 1] if number else 0)
+        where = f"record {place} of {self.files[number]}"
+        try:
+            record = self.readers.get(self.files[number]).read([place])[0]
+        except (RuntimeError, IndexError, OSError) as error:
+            raise BadSample("unreadable shard", where) from error
+        return unpack(record, where)
+
+
+def pack(item: Item) -> bytes:
+    """A record of the layout above."""
+    return json.dumps({"key": item.key, "caption": item.caption}).encode() + b"\n" + item.image
+
+
+def unpack(record: bytes, where: str) -> tuple[str, str, bytes]:
+    """Key, caption and picture of a record; BadSample where it has another layout."""
+    end = record.find(b"\n", 0, _LONGEST_LINE)
+    try:
+        about = json.loads(record[: max(end, 0)])
+        key = about["key"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadSample("broken record", where) from error
+    if not isinstance(key, str):
+        raise BadSample("broken record", f"{where}: its key is of type {type(key).__name__}")
+    return key, base.checked_caption(about.get("caption"), key), record[end + 1 :]
+
+
+def write(path: Path, corpus: base.Corpus, records_per_file: int = 10_000) -> dict[str, int]:
+    """Writes a corpus of any format as the folder `path` of ArrayRecord files, for fast shuffled reading.
+
+    Returns how many samples were left out, by reason. The folder appears when it is complete. InputError where no
+    sample can be read or the folder cannot be written.
+    """
+    bad: Counter[str] = Counter()
+    with atomic_path(path) as folder, Bar(len(corpus), f"write {path.name}", unit="sample") as bar:
+        folder.mkdir()
+        for first in range(0, len(corpus), records_per_file):
+            numbers = range(first, min(first + records_per_file, len(corpus)))
+            write_file(folder / f"{first // records_per_file:05d}{_SUFFIXES[0]}", readable(corpus, numbers, bad, bar))
+        tell(bad, len(corpus), path)
+    return dict(bad)
+
+
+def readable(corpus: base.Corpus, numbers: range, bad: Counter[str], bar: Bar) -> Iterator[Item]:
+    """The samples of these numbers that can be read; the others are counted in `bad`. InputError at a drawing."""
+    for number in numbers:
+        try:
+            item = corpus[number]
+        except BadSample as error:
+            bad[error.reason] += 1
+        else:
+            if item.kind not in ("picture", "png"):
+                raise InputError(f"{item.key} is a drawing ({item.kind}); use its corpus as it is")
+            yield item
+        bar.update()
+
+
+def tell(bad: Counter[str], samples: int, path: Path) -> None:
+    """Says what was left out of `path`; InputError where that was everything."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
+    if bad.total() == samples:
+        raise InputError(f"no sample of the corpus can be read ({reasons}); check its path and format")
+    if bad:
+        say(f"{path}: {bad.total()} of {samples} samples left out: {reasons}")
+
+
+def write_file(path: Path, items: Iterator[Item]) -> None:
+    """One ArrayRecord file. OSError where it cannot be written."""
+    with _plain_errors():
+        writer = ArrayRecordWriter(str(path), _WRITER)
+    for item in items:
+        with _plain_errors():
+            writer.write(pack(item))
+    with _plain_errors():
+        writer.close()
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The writer wraps the operating system's errors (a full disk) in RuntimeError: unwraps them."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).split(";")[0]) from error
+
+
+def _reader(path: str) -> ArrayRecordReader:
+    try:
+        return ArrayRecordReader(path, _READER)
+    except RuntimeError as error:
+        raise OSError(str(error).split(";")[0]) from error
+
+
+def count(path: str) -> int:
+    """Records of a file; OSError where it cannot be read."""
+    if not os.path.isfile(path):  # the reader would wait for ever on a pipe
+        raise OSError("no such file")
+    records = _reader(path).num_records()
+    if not records:  # a file that lost its end has no index and reads as empty
+        raise OSError("it has no records: it is empty, or its end is missing")
+    return records
+
+
+def _open(config: base.CorpusConfig, cache: Path) -> ArrayRecordCorpus:
+    if is_remote(config.path):
+        raise InputError(f"ArrayRecord files are not read from {config.path}; copy or mount the bucket (gcsfuse)")
+    files = base.find_files(config.path, _SUFFIXES, "ArrayRecord file")
+    counts, lost = base.survey(files, count, config)
+    identity = base.identity(config, zip(base.short_names(list(counts)), counts.values()))
+    return ArrayRecordCorpus(
+        tuple(counts), tuple(accumulate(counts.values())), identity, lost, Opened(_reader, _MOST_OPEN)
+    )
+
+
+FORMAT = base.Format("arrayrecord", _open)

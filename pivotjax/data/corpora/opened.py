@@ -1,0 +1,116 @@
+"""Files kept open: as many as last used, in each process its own, usable from several threads."""
+
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import BinaryIO, Generic, TypeVar
+
+import fsspec
+
+from pivotjax.errors import InputError
+
+T = TypeVar("T")
+
+
+class Opened(Generic[T]):
+    """What `open` gives for a key; the `most` last used are kept. Travels to other processes empty.
+
+    Nothing is closed by hand: another thread may still read from what has just been pushed out.
+    """
+
+    def __init__(self, open: Callable[..., T], most: int):
+        self._open, self._most = open, most
+        self._kept: OrderedDict[tuple, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, *key) -> T:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        opened = self._open(*key)
+        with self._lock:
+            self._kept[key] = opened
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return opened
+
+    def __reduce__(self):
+        return Opened, (self._open, self._most)
+
+
+class LocalFile:
+    """Ranges of a regular file on a local or mounted disk; OSError where it cannot be read."""
+
+    def __init__(self, path: str):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise OSError("not a file")
+        self._file = open(path, "rb", buffering=0)
+
+    def read(self, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on; fewer where the file ends."""
+        return os.pread(self._file.fileno(), size, start)
+
+
+class RemoteFile:
+    """Ranges of a file in a bucket, a request each; OSError where it cannot be read."""
+
+    def __init__(self, path: str):
+        self._system, self._path = _remote(path)
+
+    def read(self, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on; fewer where the file ends."""
+        try:
+            return self._system.cat_file(self._path, start=start, end=start + size)
+        except Exception as error:  # every bucket's client has errors of its own
+            raise _as_os_error(error) from error
+
+
+def is_remote(path: str) -> bool:
+    """Whether it is in a bucket (gs://)."""
+    return "://" in path
+
+
+def open_ranges(path: str) -> LocalFile | RemoteFile:
+    """For random access."""
+    return RemoteFile(path) if is_remote(path) else LocalFile(path)
+
+
+def open_stream(path: str) -> BinaryIO:
+    """For reading on, with jumps ahead."""
+    if not is_remote(path):
+        return open(path, "rb")
+    system, inside = _remote(path)
+    try:
+        return system.open(inside, "rb")
+    except Exception as error:
+        raise _as_os_error(error) from error
+
+
+def stamp(path: str) -> tuple[int, str]:
+    """Size in bytes, and what changes when the file is written again. OSError where there is no file."""
+    if not is_remote(path):
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError("not a file")
+        return about.st_size, str(about.st_mtime_ns)
+    system, inside = _remote(path)
+    try:
+        about = system.info(inside)
+    except Exception as error:
+        raise _as_os_error(error) from error
+    version = next((about[key] for key in ("generation", "etag", "updated", "mtime", "created") if key in about), "")
+    return int(about["size"]), str(version)
+
+
+def _remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        return fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        raise InputError(f'reading {path} needs gcsfs: pip install "pivotjax[gcs]"') from error
+
+
+def _as_os_error(error: Exception) -> OSError:
+    return error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}"[:200])
