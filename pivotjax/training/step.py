@@ -193,7 +193,14 @@ def _features(network, frozen, batch, layout) -> Float[Array, "K B I V C"]:
     def encoded(images):
         rows, count = images.shape[:2]
         flat = images.reshape(rows * count, *images.shape[2:])
-        features = vision.visual_features(network.vision, network.features, network.normalise, frozen["vision"], flat)
+        features = vision.visual_features(
+            network.vision,
+            network.features,
+            network.normalise,
+            frozen["vision"],
+            flat,
+            lambda x: _constrained(layout, x, P(ROWS)),
+        )
         return features.reshape(rows, count, *features.shape[1:])
 
     return jax.lax.stop_gradient(_each_expert(layout, encoded)(batch["images"]))

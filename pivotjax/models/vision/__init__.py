@@ -1,6 +1,7 @@
 """Vision encoders: one loader for Hugging Face folders and EfficientNet-Lite's weights, and a registry of families."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -97,23 +98,30 @@ def visual_features(
     normalise: Normalisation | None,
     params: dict,
     images: UInt8[Array, "B S S 3"],
+    place: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Float[Array, "B T D"]:
-    """What `encode` computes, for use inside a larger program; in the parameters' type."""
+    """What `encode` computes, for use inside a larger program; in the parameters' type. `place` says where a vision
+    transformer's hidden states live on a mesh."""
     network = nnx.merge(graphdef, params)
     if normalise is None:
         tokens = network.tokens(images)
     else:
         pixels = (images * jnp.float32(normalise.factor) - jnp.array(normalise.mean)) / jnp.array(normalise.std)
-        tokens = select(network, pixels, chosen)
+        tokens = select(network, pixels, chosen, place)
     return connectors.reduce(chosen.kind, tokens)
 
 
 _encode = jax.jit(visual_features, static_argnums=(0, 1, 2))
 
 
-def select(tower: VisionTransformer, pixels: Float[Array, "B H W 3"], chosen: Features) -> Float[Array, "B T D"]:
+def select(
+    tower: VisionTransformer,
+    pixels: Float[Array, "B H W 3"],
+    chosen: Features,
+    place: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> Float[Array, "B T D"]:
     """Hidden states of the chosen layer, before any spatial reduction, of normalised images."""
-    hidden = tower(pixels, depth=depth_of(chosen.select_layer, tower.config.num_layers))
+    hidden = tower(pixels, depth=depth_of(chosen.select_layer, tower.config.num_layers), place=place)
     return hidden[:, 1:] if tower.config.has_class_token and chosen.select_features == "patch" else hidden
 
 

@@ -6,6 +6,7 @@ and SigLIP (Zhai et al. 2023, 2303.15343: neither). Variable sizes: positions by
 (Idefics2 and 3, after NaViT, 2307.06304), or interpolated to the image's grid (SigLIP 2 NaFlex, 2502.14786).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,6 +130,7 @@ class VisionTransformer(nnx.Module):
         patch_mask: Bool[Array, "B h w"] | None = None,
         grid: Int[Array, "B 2"] | None = None,
         depth: int | None = None,
+        place: Callable[[jax.Array], jax.Array] = lambda x: x,
     ) -> Float[Array, "B T D"]:
         """Hidden states after `depth` layers (None: all), before the final norm; a class token comes first.
 
@@ -139,6 +141,7 @@ class VisionTransformer(nnx.Module):
                 rest is padding, which no patch sees. None: everywhere.
             grid: rows and columns of patches of each image, where `pixels` are patches.
             depth: only so many layers run; 0 gives the embedding (behind CLIP's first norm).
+            place: what is done to the hidden states between layers: says where they live on a mesh.
 
         InputError if the images have another size than the learned positions.
         """
@@ -164,7 +167,7 @@ class VisionTransformer(nnx.Module):
             x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, config.dim)), x], axis=1)
         if config.pre_norm:
             x = self.pre_norm(x)
-        return self._through_layers(x, mask, config.num_layers if depth is None else depth)
+        return self._through_layers(x, mask, config.num_layers if depth is None else depth, place)
 
     def _embedded(self, pixels: jax.Array) -> tuple[Float[Array, "B T D"], tuple[int, int] | None]:
         """Patches as vectors, row by row, and how many rows and columns the images have."""
@@ -177,14 +180,14 @@ class VisionTransformer(nnx.Module):
         x = pixels @ kernel.reshape(-1, self.config.dim)
         return x + self.patch_bias[...] if self.config.patch_bias else x, shape
 
-    def _through_layers(self, x: jax.Array, mask: jax.Array | None, depth: int) -> jax.Array:
+    def _through_layers(self, x: jax.Array, mask: jax.Array | None, depth: int, place: Callable) -> jax.Array:
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x, number):  # weights are taken one layer at a time: cutting the stack to `depth` would copy it
             weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, number, keepdims=False), stacked)
-            return nnx.merge(graphdef, weights)(x, mask), None
+            return place(nnx.merge(graphdef, weights)(x, mask)), None
 
-        return jax.lax.scan(layer, x, jnp.arange(depth))[0]
+        return jax.lax.scan(layer, place(x), jnp.arange(depth))[0]
 
 
 def _buckets(patch_mask: Bool[Array, "B h w"], side: int) -> Int[Array, "B h*w"]:

@@ -1,0 +1,193 @@
+"""FLOPs of a training step: what the optimised program executes, what the traced program asks for, what is the least.
+
+A multiplication and an addition are two; only matrix products and convolutions count, as everywhere in the field.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from pivotjax.models import projector
+from pivotjax.models.language import DecoderConfig
+from pivotjax.models.vision import VisionConfig
+from pivotjax.tpu.hlo import Computation, Instruction, Program
+
+# How JAX names what a checkpointed function computes again in the backward pass, and XLA what it computes again itself.
+_RECOMPUTED, _XLA_RECOMPUTED = "rematted_computation", ".remat"
+
+
+class Executed(NamedTuple):
+    """FLOPs of one device in one step.
+
+    Fields:
+        total: all of them.
+        recomputed: those among them that activation checkpointing does a second time.
+        kernels: custom kernels that are not counted (their HLO does not say what they do).
+    """
+
+    total: float
+    recomputed: float
+    kernels: int
+
+
+def executed(program: Program) -> Executed:
+    """Of the optimised HLO: every product in every computation, times how often that runs."""
+    total = recomputed = 0.0
+    kernels = 0
+    for name, times in program.runs.items():
+        computation = program.computations[name]
+        for instruction in computation.instructions.values():
+            count = times * of_instruction(computation, instruction)
+            total += count
+            if _RECOMPUTED in instruction.op_name or _XLA_RECOMPUTED in instruction.name:
+                recomputed += count
+            kernels += instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes
+    return Executed(total, recomputed, kernels)
+
+
+def of_instruction(computation: Computation, instruction: Instruction) -> int:
+    """Of one `dot` or `convolution` (which is what TPU's compiler makes of every product); others have none."""
+    if instruction.opcode == "dot":
+        left = computation.instructions[instruction.operands[0]].arrays[0]
+        contracted = np.prod([left.dims[d] for d in instruction.numbers("lhs_contracting_dims")], dtype=np.int64)
+        return 2 * instruction.arrays[0].size * int(contracted)
+    return _convolution(computation, instruction) if instruction.opcode == "convolution" else 0
+
+
+def _convolution(computation: Computation, instruction: Instruction) -> int:
+    """Pairs of an output and an input that meet, padding and the gaps of dilation left out (as HloCostAnalysis)."""
+    left, right = (computation.instructions[name].arrays[0].dims for name in instruction.operands[:2])
+    out = instruction.arrays[0].dims
+    lhs, rest = instruction.attribute("dim_labels").split("_")
+    rhs, result = rest.split("->")
+    window = _window(instruction, sum(label.isdigit() for label in lhs))
+    pairs = 1
+    for number, (size, stride, low, base, dilation) in enumerate(window):
+        label = str(number)
+        given, made = left[lhs.index(label)], out[result.index(label)]
+        starts = np.arange(made)[:, None] * stride + np.arange(size)[None] * dilation - low
+        pairs *= int(((starts >= 0) & (starts <= (given - 1) * base) & (starts % base == 0)).sum())
+    groups = int(instruction.attribute("batch_group_count") or 1)
+    return 2 * pairs * (left[lhs.index("b")] // groups) * right[rhs.index("i")] * right[rhs.index("o")]
+
+
+def _window(instruction: Instruction, dims: int) -> list[tuple[int, int, int, int, int]]:
+    """Size, stride, padding before, dilation of the input and of the window, for every spatial dimension."""
+    text = instruction.attributes.partition("window={")[2].partition("}")[0]
+    given = dict(part.split("=") for part in text.split()) if text else {}
+
+    def values(name: str, default: str) -> list[str]:
+        return given[name].split("x") if name in given else [default] * dims
+
+    low = [part.split("_")[0] for part in values("pad", "0_0")]
+    columns = (values("size", "1"), values("stride", "1"), low, values("lhs_dilate", "1"), values("rhs_dilate", "1"))
+    return [tuple(int(value) for value in row) for row in zip(*columns, strict=True)]
+
+
+def asked(jaxpr: ClosedJaxpr | Jaxpr) -> float:
+    """Of a traced program, over all devices: a check of `executed` that knows nothing of the compiler."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    made = np.prod(equation.outvars[0].aval.shape, dtype=float) if equation.outvars else 0.0
+    if name == "dot_general":
+        left = equation.invars[0].aval.shape
+        return 2.0 * made * np.prod([left[d] for d in params["dimension_numbers"][0][0]], dtype=float)
+    if name == "conv_general_dilated":
+        kernel, numbers = equation.invars[1].aval.shape, params["dimension_numbers"]
+        return 2.0 * made * np.prod(kernel, dtype=float) / kernel[numbers.rhs_spec[0]]
+    if name == "pallas_call":
+        return float(params["cost_estimate"].flops) if params.get("cost_estimate") else 0.0
+    inner = sum(asked(value) for given in params.values() for value in _jaxprs(given))
+    if name == "scan":
+        return params["length"] * inner
+    return inner * (params["mesh"].size if name == "shard_map" else 1)
+
+
+def _jaxprs(given: Any) -> list[Any]:
+    values = given if isinstance(given, (tuple, list)) else [given]
+    return [value for value in values if isinstance(value, (ClosedJaxpr, Jaxpr))]
+
+
+class Work(NamedTuple):
+    """What a step is given: K experts, B samples each, and what a sample is.
+
+    Fields:
+        experts, samples: K and B.
+        images: images of a sample; more than one where samples are packed.
+        visual: visual tokens of an image.
+        length: tokens of a sample, visual ones and padding included (L).
+        targets: positions at which the vocabulary is scored (T).
+        online: the vision encoder runs inside the step.
+    """
+
+    experts: int
+    samples: int
+    images: int
+    visual: int
+    length: int
+    targets: int
+    online: bool
+
+
+class Minimum(NamedTuple):
+    """FLOPs of one step over all devices that no arrangement of it can go below, by part."""
+
+    decoder: float
+    attention: float
+    head: float
+    projector: float
+    vision: float
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return sum(self)
+
+
+def minimum(
+    work: Work, decoder: DecoderConfig, projector_sizes: projector.Params, vision: VisionConfig | None, layers: int
+) -> Minimum:
+    """The analytic minimum for a frozen decoder and encoder, of the sequences that the program is given.
+
+    With N the entries of the decoder's matrices (embedding and head left out), M those of the projector's, M_0 of its
+    first matrix, H of the head, E those of `layers` encoder layers and its patch embedding:
+
+    - decoder: 4 N a token: 2 N forward, 2 N for the gradient of the activations; none for frozen weights;
+    - attention: 3 x (2 x 2 x d x L / 2) a token and layer: scores and mixing, once forward and twice backward, over the
+      earlier half of the sequence that a causal mask leaves, d = heads x head_dim;
+    - head: 4 H a target;
+    - projector: 6 M - 2 M_0 a visual token: the features need no gradient;
+    - vision, where it runs in the step: 2 E a patch, and 4 x dim x tokens for its attention, which sees all tokens.
+
+    Padding counts, because the program is given it; `report` says how much that is.
+    """
+    rows = work.experts * work.samples
+    tokens, width = rows * work.length, decoder.num_heads * decoder.head_dim
+    kernels = [np.prod(layer["kernel"].shape[-2:], dtype=float) for _, layer in sorted(projector_sizes.items())]
+    return Minimum(
+        decoder=4.0 * decoder_entries(decoder) * tokens,
+        attention=6.0 * width * work.length * tokens * decoder.num_layers,
+        head=4.0 * decoder.dim * decoder.vocab_size * rows * work.targets,
+        projector=(6 * sum(kernels) - 2 * kernels[0]) * rows * work.images * work.visual,
+        vision=_vision(vision, layers) * rows * work.images if work.online and vision else 0.0,
+    )
+
+
+def decoder_entries(config: DecoderConfig) -> int:
+    """Entries of the matrices of a decoder's layers: N of `4 N a token`."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = config.dim * (2 * queries + 2 * keys)
+    return config.num_layers * (attention + 3 * config.dim * config.mlp_dim)
+
+
+def _vision(config: VisionConfig, layers: int) -> float:
+    """Forward FLOPs of one image through so many layers."""
+    tokens = config.num_patches + config.has_class_token
+    matrices = 4 * config.dim**2 + 2 * config.dim * config.mlp_dim
+    patches = 2.0 * config.num_patches * 3 * config.patch_size**2 * config.dim
+    return patches + layers * tokens * (2.0 * matrices + 4.0 * config.dim * tokens)
