@@ -1,7 +1,7 @@
 """Language models: one network, a registry of families, and a loader for GGUF files and Hugging Face folders."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ __all__ = [
 ]  # fmt: skip
 
 
+Place = Callable[[Any], Any]
+
 # Keyed by config.json's `model_type`.
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
@@ -50,19 +52,20 @@ class Language(NamedTuple):
     identity: str  # SHA-256 of the weight files
 
 
-def load_language(path: Path, dtype=jnp.float32) -> Language:
+def load_language(path: Path, dtype=jnp.float32, place: Place | None = None) -> Language:
     """Loads a `.gguf` file or a Hugging Face folder (config.json, safetensors, tokenizer.json) with weights in `dtype`.
 
-    Tensors are read one at a time. InputError if the file is missing, damaged, or of an unknown architecture.
+    Tensors are read one at a time, and each goes straight to where `place` (a tree of shapes -> a tree of shardings)
+    wants it: no device has to hold the whole model. InputError if the file is missing, damaged, or of an unknown architecture.
     """
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path, dtype)
+        return _load_folder(path, dtype, place)
     if not path.is_file():
         raise InputError(f"there is no language model at {path}; give a .gguf file or a Hugging Face folder")
     if path.suffix != ".gguf":
         raise InputError(f"{path} is no language model that can be read; give a .gguf file or a Hugging Face folder")
-    return _load_gguf(path, dtype)
+    return _load_gguf(path, dtype, place)
 
 
 def family_of(model_type: Any, where: str, families: Mapping[str, Family] = FAMILIES) -> Family:
@@ -78,28 +81,34 @@ def abstract(family: Family, config: DecoderConfig, dtype) -> tuple[nnx.GraphDef
 
 
 def load_weights(
-    family: Family, config: DecoderConfig, tensors: Mapping[str, np.ndarray], dtype, where: str
+    family: Family,
+    config: DecoderConfig,
+    tensors: Mapping[str, np.ndarray],
+    dtype,
+    where: str,
+    place: Place | None = None,
 ) -> tuple[nnx.GraphDef, dict]:
     """A decoder's graph and its parameters in `dtype`, from tensors that bear the family's names."""
     graphdef, shapes = abstract(family, config, dtype)
-    return graphdef, names.load(tensors, family.names(config), shapes, where=where)
+    placed = place(shapes) if place else None
+    return graphdef, names.load(tensors, family.names(config), shapes, where=where, shardings=placed)
 
 
-def _load_gguf(path: Path, dtype) -> Language:
+def _load_gguf(path: Path, dtype, place: Place | None) -> Language:
     file = GGUF(path)
     family = family_of(file.metadata("general.architecture"), str(path), GGUF_FAMILIES)
     config = family.config(file)
-    graphdef, params = load_weights(family, config, file, dtype, str(path))
+    graphdef, params = load_weights(family, config, file, dtype, str(path), place)
     eos_id = int(file.metadata("tokenizer.ggml.eos_token_id"))
     return Language(path.stem, config, graphdef, params, file.tokenizer(), eos_id, sha256(path))
 
 
-def _load_folder(path: Path, dtype) -> Language:
+def _load_folder(path: Path, dtype, place: Place | None) -> Language:
     settings = Settings(read_json(path / "config.json"), str(path / "config.json"))
     family = family_of(settings.get("model_type"), str(path))
     config = family.config(settings.fields, settings.where)
     with open_checkpoint(path) as tensors:
-        graphdef, params = load_weights(family, config, tensors, dtype, str(path))
+        graphdef, params = load_weights(family, config, tensors, dtype, str(path), place)
         hashes = "".join(tensors.digests().values())
     identity = hashlib.sha256(hashes.encode()).hexdigest()
     return Language(path.name, config, graphdef, params, read_tokenizer(path), _eos_id(settings), identity)
