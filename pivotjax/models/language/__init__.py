@@ -27,7 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-Place = Callable[[Any], Any]
+Place = Callable[[Any], Any]  # shapes of parameters -> their shardings
 
 # Keyed by config.json's `model_type`.
 FAMILIES: dict[str, Family] = {
@@ -56,7 +56,8 @@ def load_language(path: Path, dtype=jnp.float32, place: Place | None = None) -> 
     """Loads a `.gguf` file or a Hugging Face folder (config.json, safetensors, tokenizer.json) with weights in `dtype`.
 
     Tensors are read one at a time, and each goes straight to where `place` (a tree of shapes -> a tree of shardings)
-    wants it: no device has to hold the whole model. InputError if the file is missing, damaged, or of an unknown architecture.
+    wants it: no device has to hold the whole model. InputError if the file is missing, damaged, or of an unknown
+    architecture.
     """
     path = Path(path)
     if path.is_dir():
