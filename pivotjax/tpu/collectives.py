@@ -1,7 +1,6 @@
 """What devices send each other in one step: by kind and size, and whether computing goes on meanwhile."""
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -146,9 +145,3 @@ def _along(axes: list[tuple[str, str]], named: list[str]) -> tuple[tuple[int, ..
 
 def _rows(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(n) for n in row) for row in groups)
-
-
-def dimensions(group: Sequence[int], coordinates: np.ndarray) -> int:
-    """Along how many dimensions of the slice a group of devices spreads; `coordinates` is [devices, dimensions]."""
-    places = coordinates[list(group)]
-    return int((places != places[0]).any(axis=0).sum())

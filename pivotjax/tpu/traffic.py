@@ -18,13 +18,14 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 def hbm_bytes(program: Program) -> float:
     """Of one device in one step."""
     return float(sum(
-        times * _of_instruction(program, program.computations[name], instruction)
+        times * of_instruction(program, program.computations[name], instruction)
         for name, times in program.runs.items() if name not in program.fused
         for instruction in program.computations[name].instructions.values()
     ))  # fmt: skip
 
 
-def _of_instruction(program: Program, computation: Computation, instruction: Instruction) -> int:
+def of_instruction(program: Program, computation: Computation, instruction: Instruction) -> int:
+    """Of one instruction, each time it runs."""
     opcode = instruction.opcode
     if opcode in _MOVE_NOTHING or opcode.endswith("-done"):
         return 0

@@ -46,6 +46,8 @@ class TrainingConfig:
     """Largest global gradient norm of an expert."""
     accumulate: int = 1
     """Parts that a batch is cut into, one after the other, with one update for all (less memory, same numbers)."""
+    device_batch: int = 0
+    """Samples that a device takes at once; a batch is cut into more parts where it would be more (0: no limit)."""
     remat: Remat = "none"
     """What of the LLM is computed again in the backward pass instead of kept: nothing; everything between its layers'
     inputs (layers); all but the products with weights (dots), kept on the device or in the host's memory (offload)."""
@@ -59,7 +61,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         check_least(self, steps=1, batch=1, learning_rate=0, warmup=0, weight_decay=0, clip=0, log_every=1)
-        check_least(self, accumulate=1, loss_chunk=1)
+        check_least(self, accumulate=1, device_batch=0, loss_chunk=1)
 
 
 def schedule(config: TrainingConfig) -> optax.Schedule:

@@ -1,5 +1,6 @@
 """One training step of K experts over one frozen backbone: a pure function."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -138,17 +139,29 @@ def _gradients(params, network, frozen, batch, config, layout) -> tuple[projecto
         gradients, nll = jax.grad(total, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, sums, (gradients, nll)), None
 
-    experts = batch["tokens"].shape[0]
-    if config.accumulate == 1:
+    experts, parts = batch["tokens"].shape[0], _parts(config, batch, layout)
+    if parts == 1:
         sums = jax.grad(total, has_aux=True)(params, batch)
     else:
         zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros(experts, _kind(params))
-        sums, _ = jax.lax.scan(add, zeros, _cut(batch, config.accumulate))
+        sums, _ = jax.lax.scan(add, zeros, _cut(batch, parts))
     return _summed(layout, (*sums, _caption_tokens(batch)))
 
 
 def _kind(params: projector.Params) -> Any:
     return jnp.promote_types(jax.tree.leaves(params)[0].dtype, jnp.float32)
+
+
+def _parts(config: TrainingConfig, batch: Batch, layout: Layout | None) -> int:
+    """Micro-batches: so many as `accumulate` says, or as leave each device at most `device_batch` samples of each."""
+    experts, rows = batch["tokens"].shape[:2]
+    if _on_mesh(layout):
+        sizes = layout.mesh.shape
+        experts, rows = experts // sizes["expert"], rows // (sizes["data"] * sizes["fsdp"])
+    if experts * rows <= config.accumulate * (config.device_batch or sys.maxsize):
+        return config.accumulate
+    divisors = (parts for parts in range(config.accumulate, rows + 1) if rows % parts == 0)
+    return next((parts for parts in divisors if experts * rows <= parts * config.device_batch), rows)
 
 
 def _cut(batch: Batch, parts: int) -> Batch:
