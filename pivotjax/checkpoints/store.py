@@ -15,6 +15,7 @@ from pivotjax.models import projector
 FORMAT = 1
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's file
 _SIZES = "sizes.json"  # of all other files of a checkpoint, in bytes
+_REFUSED = ("Read-only file system", "Permission denied", "PERMISSION_DENIED", "Not a directory")
 
 
 class Projector(NamedTuple):
@@ -119,6 +120,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         text = " ".join(str(error).split())
         if any(sign in text for sign in ("No space left", "File too large", "Disk quota", "Errno 28", "Errno 27")):
             raise InputError(f"cannot write {path}: no space left; free some space or choose another folder") from error
-        if any(sign in text for sign in ("Read-only file system", "Permission denied", "PERMISSION_DENIED")):
+        if any(sign in text for sign in _REFUSED):
             raise InputError(f"cannot write {path}: it may not be written to; choose another folder") from error
         raise

@@ -23,6 +23,7 @@ from pivotjax.errors import InputError
 from pivotjax.progress import say
 
 _policies = ocp.training.preservation_policies
+_TRIES = 3  # of a save that must not be missing
 _ODD = np.uint32(2654435761)  # Knuth's multiplicative hash: 2^32 over the golden ratio
 
 
@@ -48,40 +49,74 @@ class CheckpointConfig:
 class TrainingCheckpoints:
     """Opened by `training_checkpoints`; every process calls every method, at the same steps."""
 
-    def __init__(self, checkpointer: ocp.training.Checkpointer, folder: epath.Path, belongs: dict[str, Any]):
-        self._checkpointer, self._folder, self._belongs = checkpointer, folder, belongs
+    def __init__(self, folder: epath.Path, config: CheckpointConfig, belongs: dict[str, Any]):
+        self._folder, self._config, self._belongs = folder, config, belongs
+        self._checkpointer = self._open()
         self._saving: tuple[int, Any] | None = None
 
-    def save(self, step: int, state: Any, counts: dict[str, int], loss: float | None = None) -> None:
+    def save(
+        self, step: int, state: Any, counts: dict[str, int], loss: float | None = None, sure: bool = False
+    ) -> None:
         """Starts to save `state` (a NamedTuple of arrays) as it is now, and returns before it is on the disk.
 
-        `counts` are the bad samples so far, by reason; `loss` is the held-out loss that `keep_best` goes by. Raises
-        InputError if the save before this one failed.
+        `counts` are the bad samples so far, by reason; `loss` is the held-out loss that `keep_best` goes by. With
+        `sure` it waits until the checkpoint is there. Raises InputError if this save, or the one before, failed.
         """
         self.wait()
         note = {"sums": checksums(state).tolist(), "counts": counts, "belongs": self._belongs}
         metrics = None if loss is None else {"loss": loss}
-        tree = {"state": state._asdict()}
-        with store.disk_errors(self._folder):
-            saving = self._checkpointer.save_checkpointables_async(
-                step, tree, force=True, metrics=metrics, custom_metadata=note
-            )
-        self._saving = (step, saving)
+        for _ in range(_TRIES):
+            with store.disk_errors(self._folder):
+                saving = self._checkpointer.save_checkpointables_async(
+                    step, {"state": state._asdict()}, force=True, metrics=metrics, custom_metadata=note
+                )
+            self._saving = (step, saving)
+            if not sure or self.wait():
+                return
+        raise InputError(f"cannot write {self._folder / str(step)}: saving timed out {_TRIES} times; check the disk")
 
     def check(self) -> None:
         """Notices the end of a save that is under way, without waiting for it; InputError if it failed."""
         if self._saving is not None and not self._checkpointer.is_saving_in_progress():
             self.wait()
 
-    def wait(self) -> None:
-        """Until the save that is under way is on the disk; InputError if it failed."""
+    def wait(self) -> bool:
+        """Until the save that is under way is on the disk; InputError if it failed.
+
+        False if it timed out. Orbax times it by the clock of the day, and when somebody sets that, nothing is wrong.
+        """
         if self._saving is None:
-            return
+            return True
         (step, saving), self._saving = self._saving, None
-        with store.disk_errors(self._folder):
-            saving.result()
+        try:
+            with store.disk_errors(self._folder):
+                saving.result()
+        except TimeoutError as error:
+            if jax.process_count() > 1:  # the other processes wait for this one's part of the checkpoint
+                raise InputError(f"saving step {step} timed out; start again from the checkpoint before it") from error
+            say(f"saving step {step} timed out (was the clock set?); the checkpoint before it stays, going on")
+            self.close()
+            self._checkpointer = self._open()
+            return False
         if jax.process_index() == 0 and _on_disk(self._folder):
             store.note_sizes(Path(self._folder / str(step)))
+        return True
+
+    def close(self) -> None:
+        """Waits for what is under way."""
+        try:
+            self.wait()
+        finally:
+            with store.disk_errors(self._folder), contextlib.suppress(TimeoutError):  # Orbax tells of it once more
+                self._checkpointer.close()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        with store.disk_errors(self._folder):
+            return ocp.training.Checkpointer(
+                Path(self._folder).absolute() if _on_disk(self._folder) else self._folder,
+                preservation_policy=_preservation(self._config),
+                cleanup_tmp_directories=True,
+            )
 
     def restore(self, state: Any) -> tuple[Any, dict[str, int]]:
         """The newest whole checkpoint: (state in the shardings of `state`, counts); (`state`, {}) where there is none.
@@ -146,24 +181,24 @@ def training_checkpoints(
     """
     folder = epath.Path(folder)
     _make(folder)
-    policy = _policies.LatestN(config.keep)
-    if config.keep_best:
-        best = _policies.BestN(
-            get_metric_fn=lambda metrics: metrics["loss"],
-            reverse=True,
-            n=config.keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
-        policy = _policies.AnyPreservationPolicy([policy, best])
-    where = Path(folder).absolute() if _on_disk(folder) else folder
-    with store.disk_errors(folder):
-        checkpointer = ocp.training.Checkpointer(where, preservation_policy=policy, cleanup_tmp_directories=True)
-    saved = TrainingCheckpoints(checkpointer, folder, json.loads(json.dumps(belongs or {})))
+    saved = TrainingCheckpoints(folder, config, json.loads(json.dumps(belongs or {})))
     try:
         yield saved
     finally:
-        with store.disk_errors(folder), checkpointer:  # Orbax tells of a failed save once more when it is closed
-            saved.wait()
+        saved.close()
+
+
+def _preservation(config: CheckpointConfig) -> Any:
+    newest = _policies.LatestN(config.keep)
+    if not config.keep_best:
+        return newest
+    best = _policies.BestN(
+        get_metric_fn=lambda metrics: metrics["loss"],
+        reverse=True,
+        n=config.keep_best,
+        keep_checkpoints_without_metrics=False,
+    )
+    return _policies.AnyPreservationPolicy([newest, best])
 
 
 def _on_disk(folder: epath.Path) -> bool:

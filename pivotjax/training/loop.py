@@ -164,7 +164,7 @@ class _Run:
                     loss = None
                 best = loss is not None and self.checkpoints.keep_best > 0
                 if last or end or best or self.time_to_save or number % self.checkpoints.every_steps == 0:
-                    self._save(number, state, loss)
+                    self._save(number, state, loss, sure=last or end)
                 if end and not last:
                     self._end(number)
         self._summary()
@@ -222,13 +222,12 @@ class _Run:
         self.log.held_out(row | per_expert(self.feed.names, loss=losses))
         return mean
 
-    def _save(self, number: int, state: TrainState, loss: float | None) -> None:
+    def _save(self, number: int, state: TrainState, loss: float | None, sure: bool) -> None:
         self._finish()
-        self.saved.save(number, state, dict(self._bad()), loss)
+        self.saved.save(number, state, dict(self._bad()), loss, sure)
         self.last_saved, self.time_to_save = self.clock(), False
 
     def _end(self, number: int) -> None:
-        self.saved.wait()
         say(f"told to end (SIGTERM): step {number} is finished and saved; the same command goes on from there")
         raise SystemExit(TERMINATED)
 
