@@ -11,7 +11,10 @@ from pivotjax.errors import InputError
 
 COMMANDS = {
     "demo": "the whole mission on real weights and images: fetch, pre-train, merge, evaluate, report, export",
+    "scenario": "split a corpus into domains that differ (recipe: train/scenario_mini.yaml)",
     "pretrain": "pre-train K domain experts in one program (recipe: train/mini.yaml)",
+    "pipeline": "pre-train, merge on the same devices, evaluate and export in one run (recipe: train/mini.yaml)",
+    "compile": "say what a recipe needs of a TPU slice, by the TPU's own compiler: --tpu tpu_configs/v5e-256.yaml",
     "merge": "merge projectors, LoRA adapters or whole models (recipe: merge/pivot.yaml)",
     "evaluate": "measure projectors on every domain (recipe: eval/mini.yaml)",
     "generate": "caption a picture or answer about it: pivotjax generate IMAGE [PROMPT] --model CHECKPOINT",
