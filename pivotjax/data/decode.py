@@ -31,7 +31,7 @@ MOST_PIXELS = 1 << 26  # of a picture while it is decoded: 268 MB
 MOST_BYTES = 1 << 27  # of an image file
 
 # Those that pictures on the web have. Others stay closed: Pillow would give PostScript to another program.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
 _UNSCALED = ("I", "F")  # modes without a known range: no rule makes them RGB
 _SILENT = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # a filter as the warnings module keeps it
 

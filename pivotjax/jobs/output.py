@@ -7,7 +7,7 @@ from pivotjax import config as configs
 from pivotjax import files
 from pivotjax.errors import InputError
 
-_NOT_COMPARED = ("out", "cache")  # where things lie changes nothing about what they are
+_NOT_COMPARED = ("out", "cache", "workers")  # where things lie, and who makes them, changes nothing about what they are
 
 
 def claim(out: Path, config: Any) -> None:
