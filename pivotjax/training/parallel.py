@@ -91,14 +91,21 @@ def shardings(mesh: Mesh, root: str, tree: Any) -> Any:
     def of(path, leaf):
         name = "/".join([root, *(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)])
         spec = next(spec for pattern, spec in RULES if re.fullmatch(pattern, name))
-        fitting = (axes if size % _devices(mesh, axes) == 0 else None for size, axes in zip(np.shape(leaf), spec))
-        return NamedSharding(mesh, P(*fitting))
+        return fitting(mesh, spec, np.shape(leaf))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def _devices(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+def fitting(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
+    """The spec without axes that have one device, or do not divide the size: as the compiler writes it, too."""
+    kept = []
+    for size, axes in zip(shape, spec):
+        axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[axis] > 1)
+        fits = axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0
+        kept.append((axes[0] if len(axes) == 1 else axes) if fits else None)
+    while kept and kept[-1] is None:
+        kept.pop()
+    return NamedSharding(mesh, P(*kept))
 
 
 def put(tree: Any, where: Any) -> Any:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,7 +18,7 @@ from pivotjax.models.processors import Normalisation
 from pivotjax.models.vision import Features
 from pivotjax.training import losses
 from pivotjax.training.optimizer import GuardConfig, TrainingConfig
-from pivotjax.training.parallel import ROWS, Layout, shardings
+from pivotjax.training.parallel import ROWS, Layout, fitting, shardings
 
 Batch = dict[str, jax.Array]
 _KEEP = 0.95  # of the running mean of the loss, at each step
@@ -194,7 +193,9 @@ def _caption_nll(params, network, frozen, batch, config, layout) -> Float[Array,
 
     inputs = (batch["tokens"], batch["places"], batch.get("segments"), batch.get("positions"))
     states = _each_expert(layout, hidden)(visual, *inputs)
-    head = losses.Head(*language.head_weights())
+    kernel, tied = language.head_weights()  # gathered once for all chunks, and only along the vocabulary still cut
+    head = losses.Head(_constrained(layout, kernel, P("tensor") if tied else P(None, "tensor")), tied)
+    states = _constrained(layout, states, P("expert", ROWS))
     return losses.caption_nll(states, head, batch["targets"], batch["weights"], config.loss_chunk).sum(axis=1)
 
 
@@ -229,7 +230,7 @@ def _on_mesh(layout: Layout | None) -> bool:
 
 
 def _constrained(layout: Layout | None, x: jax.Array, spec: P) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec)) if _on_mesh(layout) else x
+    return jax.lax.with_sharding_constraint(x, fitting(layout.mesh, spec, x.shape)) if _on_mesh(layout) else x
 
 
 def _placed(layout: Layout | None, root: str, tree: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Four devices (simulated, in a process of their own) compute what one does, however experts and batch are spread."""
+"""Eight devices (simulated, in a process of their own) compute what one does, however experts, batch and weights are
+spread and however the step saves memory."""
 
 import json
 import os
@@ -13,82 +14,98 @@ from pivotjax.errors import InputError
 from pivotjax.training.parallel import MeshConfig, make_mesh
 
 ROOT = Path(__file__).parents[2]
-MESHES = ["1x1", "1x4", "2x2", "4x1"]
-EXPERTS, BATCH, STEPS = 4, 4, 6
+EXPERTS, ROWS, STEPS = 4, 8, 4
+CASES = {
+    "one device": ((1, 1, 1, 1), {}),
+    "data": ((1, 8, 1, 1), {"loss_chunk": 2}),
+    "data, experts": ((2, 2, 2, 1), {"accumulate": 2}),
+    "experts, tensor": ((4, 1, 1, 2), {"remat": "dots"}),
+    "everything": ((1, 2, 2, 2), {"remat": "layers", "accumulate": 2}),
+    "fsdp": ((1, 1, 8, 1), {"remat": "layers"}),
+    "pmap": ((1, 8, 1, 1), {"loss_chunk": 3}),
+    "one device, packed": ((1, 1, 1, 1), {}),
+    "everything, packed": ((2, 1, 2, 2), {"remat": "layers", "accumulate": 2}),
+    "pmap, packed": ((1, 4, 1, 1), {"accumulate": 2}),
+}
 
 SCRIPT = f"""
-import json, sys
-from pathlib import Path
-import grain, jax, numpy as np
+import json
+import jax, numpy as np
 from tiny_backbone import build
-from pivotjax.training.loop import CheckpointConfig, read_metrics, train
-from pivotjax.training.parallel import MeshConfig, make_mesh
+from pivotjax.training.parallel import MeshConfig, layout, make_mesh
+from pivotjax.training.step import make_evaluation
 
-out = Path(sys.argv[1])
-tiny = build(steps={STEPS}, log_every=1)
+def flat(tree):
+    return np.concatenate([np.ravel(a) for a in jax.tree.leaves(jax.device_get(tree))]).tolist()
 
-def go(mesh, folder, stop=None):
-    given = []
-    def make(seed):
-        given.append(seed)
-        if stop is not None and len(given) > stop:
-            raise KeyboardInterrupt
-        return tiny.batch(int(seed), experts={EXPERTS}, size={BATCH})
-    data = grain.MapDataset.range(100).map(make)
-    batches = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
-    expert, data_axis = map(int, mesh.split("x"))
-    mesh = make_mesh(MeshConfig(expert, data_axis), {EXPERTS}, {BATCH})
-    try:
-        state = train(tiny.step(), tiny.state({EXPERTS}), tiny.frozen, batches, mesh=mesh, names=list("abcd"),
-                      config=tiny.training, checkpoints=CheckpointConfig(every_steps=2), folder=folder)
-    except KeyboardInterrupt:
-        return None
-    leaf = state.params["linear_0"]["kernel"]
-    rows = read_metrics(folder)
+def go(name, sizes, options):
+    tiny = build(steps=20, **options)
+    devices = jax.devices()[:int(np.prod(sizes))]
+    where = layout("pmap" if "pmap" in name else "jit", make_mesh(MeshConfig(*sizes), {EXPERTS}, {ROWS}, devices))
+    step = where.compile(tiny.step(where))
+    state, frozen = where.put_state(tiny.state({EXPERTS})), where.put_frozen(tiny.frozen)
+    make = tiny.packed if "packed" in name else tiny.batch
+    losses = []
+    for seed in range({STEPS}):
+        batch = make(seed, experts={EXPERTS}, size={ROWS})
+        if seed == 2:
+            batch["weights"][1, :3] = 0  # an expert with fewer tokens than the others
+        state, metrics = step(state, frozen, where.put_batch(batch))
+        losses.append(np.asarray(metrics.loss).tolist())
+    evaluate = where.compile_evaluation(make_evaluation(tiny.network, tiny.training, where))
+    leaf, weight = state.params["linear_0"]["kernel"], frozen["language"]["layers"]["q"]["kernel"]
     return {{
-        "losses": [[row[name]["loss"] for name in "abcd"] for row in rows],
-        "params": np.concatenate([np.ravel(a) for a in jax.tree.leaves(jax.device_get(state.params))]).tolist(),
-        "shard": leaf.sharding.shard_shape(leaf.shape)[0],
-        "devices": len(leaf.sharding.device_set),
+        "losses": losses, "params": flat(state.params), "tokens": np.asarray(metrics.tokens).tolist(),
+        "evaluation": [np.asarray(a).tolist() for a in evaluate(state.params, frozen, where.put_batch(batch))],
+        "experts": leaf.sharding.shard_shape(leaf.shape)[0], "devices": len(leaf.sharding.device_set),
+        "weights": weight.size // np.prod(weight.sharding.shard_shape(weight.shape)),
+        "programs": step._cache_size() if where.parallel == "jit" else 1,
     }}
 
-found = {{mesh: go(mesh, out / mesh) for mesh in {MESHES}}}
-go("2x2", out / "moved", stop=3)
-found["moved"] = go("4x1", out / "moved")
-print(json.dumps(found))
+print(json.dumps({{name: go(name, *case) for name, case in {CASES}.items()}}, default=float))
 """
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs():
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": path}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path_factory.mktemp("runs"))]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": path}
+    ended = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert "going on from step 2" in ended.stderr
     return json.loads(ended.stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [*MESHES[1:], "moved"])
-def test_any_mesh_trains_as_one_device_does(runs, mesh):
-    """`moved`: stopped on one mesh and resumed on another."""
-    one, spread = runs["1x1"], runs[mesh]
+@pytest.mark.parametrize("case", [name for name in CASES if not name.startswith("one device")])
+def test_any_split_trains_as_one_device_does(runs, case):
+    one, spread = runs["one device, packed" if "packed" in case else "one device"], runs[case]
     assert np.shape(one["losses"]) == (STEPS, EXPERTS)
     np.testing.assert_allclose(spread["losses"], one["losses"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(spread["params"], one["params"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(spread["evaluation"], one["evaluation"], rtol=1e-5)
+    assert spread["tokens"] == one["tokens"]
     assert np.ptp(one["losses"], axis=0).min() > 1e-3  # and something was learned that could differ
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "experts_a_device"), [("1x1", 4), ("1x4", 4), ("2x2", 2), ("4x1", 1)])
-def test_experts_are_where_the_mesh_says(runs, mesh, experts_a_device):
-    assert runs[mesh]["shard"] == experts_a_device
-    assert runs[mesh]["devices"] == (1 if mesh == "1x1" else 4)
+@pytest.mark.parametrize("case", CASES)
+def test_arrays_are_where_the_mesh_says(runs, case):
+    (expert, data, fsdp, tensor), _ = CASES[case]
+    assert runs[case]["experts"] == EXPERTS // expert
+    assert runs[case]["devices"] == expert * data * fsdp * tensor
+    assert runs[case]["weights"] == fsdp * tensor
+    assert runs[case]["programs"] == 1
 
 
-@pytest.mark.parametrize(("config", "said"), [(MeshConfig(2, 1), "needs 2 devices"), (MeshConfig(1, 3), "needs 3")])
-def test_a_mesh_that_does_not_fit_the_devices(config, said):
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((2, 1, 1, 1), "needs 2 devices"),
+        ((1, 3, 1, 1), "needs 3"),
+        ((0, 0, 1, 1), "one may be 0, not 2"),
+        ((1, 1, 1, -1), "tensor must be at least 0"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices(sizes, said):
     with pytest.raises(InputError, match=said):
-        make_mesh(config, 2, 2)
+        make_mesh(MeshConfig(*sizes), 2, 2)

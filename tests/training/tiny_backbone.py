@@ -58,6 +58,26 @@ class Tiny(NamedTuple):
             "weights": (np.arange(CAPTION) < lengths[..., None]).astype(dtype),
         }
 
+    def packed(self, seed, experts=3, size=4, samples=2, spare=3):
+        """The batch of `samples * size` rows of `batch` with `samples` of them in one row, and `spare` of padding."""
+        plain, shape = self.batch(seed, experts, samples * size), (experts, size)
+        length = plain["tokens"].shape[-1]
+        first = self.first_position + np.arange(CAPTION) + length * np.arange(samples)[:, None]
+
+        def padded(array):
+            array = np.broadcast_to(array, (*shape, samples * length))
+            return np.pad(array, [(0, 0), (0, 0), (0, spare)]).astype(np.int32)
+
+        return {
+            "features": plain["features"].reshape(*shape, samples, VISUAL, FEATURE),
+            "tokens": padded(plain["tokens"].reshape(*shape, -1)),
+            "targets": plain["targets"].reshape(*shape, -1),
+            "places": np.broadcast_to(first.reshape(-1), (*shape, samples * CAPTION)).astype(np.int32),
+            "weights": plain["weights"].reshape(*shape, -1),
+            "segments": padded(np.repeat(np.arange(1, samples + 1), length)),
+            "positions": padded(np.tile(np.arange(length), samples)),
+        }
+
 
 def build(dtype=jnp.float32, config=CONFIG, **training) -> Tiny:
     """Random weights: norms 1, the rest normal with the spread that keeps activations near 1."""
