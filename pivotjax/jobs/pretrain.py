@@ -1,25 +1,36 @@
 """`pivotjax pretrain RECIPE`: K domain experts (or one joint projector) in one program over one frozen backbone."""
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
 
 from pivotjax import config as configs
 from pivotjax.checkpoints import store, torch_bridge
-from pivotjax.data import assets, pipeline
+from pivotjax.checkpoints.training import CheckpointConfig, seen_by_all
+from pivotjax.data import assets
 from pivotjax.jobs import assemble, output
 from pivotjax.jobs.assemble import DataConfig, ModelConfig
 from pivotjax.models import projector
+from pivotjax.models.vision import VisionTransformer
 from pivotjax.progress import say
-from pivotjax.training import parallel
-from pivotjax.training.loop import CheckpointConfig, train
+from pivotjax.tpu.flops import decoder_entries
+from pivotjax.training import hosts, parallel
+from pivotjax.training.evaluation import HeldOut
+from pivotjax.training.hosts import HostsConfig
+from pivotjax.training.loop import train
+from pivotjax.training.metrics import MetricsConfig, Work
 from pivotjax.training.optimizer import TrainingConfig, adamw, per_expert
-from pivotjax.training.step import TrainState, init_state, make_step
+from pivotjax.training.step import Network, TrainState, init_state, make_evaluation, make_step
+
+_DECIDES = ("model", "data", "training", "joint", "seed")  # sections that the numbers of a run depend on
 
 
 @dataclass(frozen=True)
@@ -32,13 +43,80 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     mesh: parallel.MeshConfig = field(default_factory=parallel.MeshConfig)
+    parallel: Literal["jit", "pmap"] = "jit"
+    """jit: one program over the mesh. pmap: data parallelism over one host's devices (mesh.data); the same numbers."""
+    hosts: HostsConfig = field(default_factory=HostsConfig)
     joint: bool = False
     """Train one projector on all domains, at the samples a step that the experts have together."""
     seed: int = 0
     """Seed of W0 and of the order of the samples."""
     cache: Path | None = None
     """Folder for downloads and features (default: $PIVOTJAX_CACHE, else ~/.cache/pivotjax)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The outcome of a training run, still on its devices.
+
+    Fields:
+        config, cache: of the run.
+        frozen: the frozen models; the LLM's weights are on the mesh.
+        domains: what was trained on, by name.
+        sources: expert -> names of its domains.
+        w0: the projector that all experts started from, on the host.
+        state: parameters `[K, ...]` and optimizer state, on the mesh.
+        layout: the mesh.
+    """
+
+    config: PretrainConfig
+    cache: Path
+    frozen: assemble.Frozen
+    domains: dict[str, assemble.Domain]
+    sources: dict[str, list[str]]
+    w0: projector.Params
+    state: TrainState
+    layout: parallel.Layout
+
+    @property
+    def names(self) -> list[str]:
+        """The experts, in the order of the leading axis of `state.params`."""
+        return list(self.sources)
+
+    def base(self) -> store.Projector:
+        """W0 with its provenance."""
+        return self._projector(self.w0, "w0", [], True)
+
+    def experts(self, dead: bool = False) -> dict[str, store.Projector]:
+        """Each expert on the host with its provenance, by name; those that were retired only with `dead`."""
+        alive = hosts.fetch(self.state.alive)
+        each = zip(self.sources.items(), projector.unstack(hosts.fetch(self.state.params)), alive, strict=True)
+        return {
+            name: self._projector(params, name if self.config.joint else f"expert:{name}", domains, bool(lives))
+            for (name, domains), params, lives in each
+            if lives or dead
+        }
+
+    def load_domain(self, name: str) -> assemble.Domain:
+        """Another domain for the same frozen models."""
+        with _cache_filled_once(self.cache):
+            return assemble.load_domain(name, self.config.data, self.frozen, self.cache, held_out_only=True)
+
+    def _projector(self, params: projector.Params, name: str, domains: list[str], alive: bool) -> store.Projector:
+        info = self._info | {"fingerprint": projector.fingerprint(params)}
+        return store.Projector(params, info | {"name": name, "domains": domains, "alive": alive})
+
+    @functools.cached_property
+    def _info(self) -> dict[str, Any]:
+        return {
+            "format": store.FORMAT,
+            "init_id": projector.fingerprint(self.w0),
+            "backbone": self.frozen.identity,
+            "config": configs.resolved(self.config),
+            "versions": assemble.versions(),
+            "samples": {name: {split: len(s) for split, s in d.splits.items()} for name, d in self.domains.items()},
+        }
 
 
 def main(args: Sequence[str]) -> None:
@@ -48,66 +126,116 @@ def main(args: Sequence[str]) -> None:
 
 def run(config: PretrainConfig) -> Path:
     """Trains (or goes on training) and writes `out/projectors/<name>` and `<name>.safetensors`, W0 included."""
-    needed = assemble.asset_names(config.model, config.data.domains)
-    output.claim(config.out, config)
-    cache = assets.cache_folder(config.cache)
-    assets.fetch(needed, cache)
-    frozen = assemble.load_frozen(config.model, config.data.prompt, config.data.max_caption, cache)
-    domains = {name: assemble.load_domain(name, config.data, frozen, cache) for name in config.data.domains}
-    experts = {"joint": list(domains)} if config.joint else {name: [name] for name in domains}
+    with trained(config) as outcome:
+        return write(outcome)
 
+
+@contextlib.contextmanager
+def trained(config: PretrainConfig) -> Iterator[Trained]:
+    """Trains, or goes on training. The processes of the run are joined until the context is left."""
+    with hosts.joined(config.hosts):
+        if jax.process_index() == 0:
+            output.claim(config.out, config)
+        yield _trained(config)
+
+
+def write(outcome: Trained) -> Path:
+    """Process 0 writes W0 and every expert to `out/projectors`, whose path is returned."""
+    folder, experts = outcome.config.out / "projectors", outcome.experts(dead=True)
+    if jax.process_index() == 0:
+        for name, one in ({"w0": outcome.base()} | experts).items():
+            store.save_projector(folder / name, one.params, one.info)
+            torch_bridge.save_torch(folder / f"{name}.safetensors", one.params, one.info)
+    say(f"projectors: {folder}")
+    return folder
+
+
+def _trained(config: PretrainConfig) -> Trained:
+    cache = assets.cache_folder(config.cache)
+    with _cache_filled_once(cache):
+        assets.fetch(assemble.asset_names(config.model, config.data.packaged), cache)
+        names = assemble.domain_names(config.data, cache)
+    sources = {"joint": list(names)} if config.joint else {name: [name] for name in names}
+    rows = config.training.batch // config.data.pack * len(next(iter(sources.values())))
+    layout = parallel.layout(config.parallel, parallel.make_mesh(config.mesh, len(sources), rows))
+    with _cache_filled_once(cache):
+        frozen = assemble.load_frozen(
+            config.model, config.data, cache, lambda shapes: parallel.shardings(layout.mesh, "frozen/language", shapes)
+        )
+        domains = {name: assemble.load_domain(name, config.data, frozen, cache) for name in names}
     w0 = initial_projector(config, frozen)
-    state = _train(config, frozen, {name: [domains[d].splits["train"] for d in of] for name, of in experts.items()}, w0)
-    info = {
-        "init_id": projector.fingerprint(w0),
-        "backbone": frozen.identity,
-        "config": configs.resolved(config),
-        "versions": assemble.versions(),
-        "samples": {name: {split: len(s) for split, s in d.splits.items()} for name, d in domains.items()},
-    }
-    _save(config.out, "w0", w0, info | {"name": "w0", "domains": [], "alive": True})
-    for name, params, alive in zip(experts, projector.unstack(state.params), np.asarray(state.alive), strict=True):
-        title = name if config.joint else f"expert:{name}"
-        _save(config.out, name, params, info | {"name": title, "domains": experts[name], "alive": bool(alive)})
-    say(f"projectors: {config.out / 'projectors'}")
-    return config.out / "projectors"
+    state = _state(config, frozen, domains, sources, w0, layout)
+    return Trained(config, cache, frozen, domains, sources, w0, state, layout)
+
+
+def _state(
+    config: PretrainConfig,
+    frozen: assemble.Frozen,
+    domains: dict[str, assemble.Domain],
+    sources: dict[str, list[str]],
+    w0: projector.Params,
+    layout: parallel.Layout,
+) -> TrainState:
+    """The state after the last step."""
+
+    def feed(split: str, seed: int):
+        whole = assemble.feed(sources, domains, config.data, frozen, config.training.batch, seed, split)
+        return whole.part(parallel.local_share(layout.mesh, len(sources), whole.rows))
+
+    encoder, online = frozen.encoder, config.data.features == "online"
+    network = Network(frozen.language.graphdef, encoder.graphdef, encoder.features, encoder.normalise)
+    weights = {"language": frozen.language.params} | ({"vision": encoder.params} if online else {})
+    optimizer = per_expert(adamw(config.training))
+    held_out = None
+    if config.metrics.evaluate_every:
+        evaluate = make_evaluation(network, config.training, layout)
+        held_out = HeldOut(evaluate, feed(config.metrics.evaluate_split, 0), layout, config.metrics.evaluate_batches)
+    return train(
+        make_step(network, optimizer, config.training, layout),
+        init_state(w0, len(sources), optimizer),
+        weights,
+        feed("train", config.seed),
+        layout=layout,
+        config=config.training,
+        checkpoints=config.checkpoints,
+        metrics=config.metrics,
+        folder=config.out,
+        held_out=held_out,
+        work=_work(frozen, online),
+        belongs=_belongs(config, frozen),
+    )
 
 
 def initial_projector(config: PretrainConfig, frozen: assemble.Frozen) -> projector.Params:
-    """The W0 of a seed: outputs start with the spread of the LLM's token embeddings."""
-    embedding = frozen.language.params["embedding"]
+    """The W0 of a seed: outputs start with the spread of the LLM's token embeddings. The same bits on any mesh."""
+    embedding = jnp.asarray(hosts.fetch(frozen.language.params["embedding"]))
     key = jax.random.key(config.seed)
     return projector.init(
         config.model.projector.kind, frozen.encoder.dim, frozen.language.config.dim, key, float(jnp.std(embedding))
     )
 
 
-def _train(
-    config: PretrainConfig, frozen: assemble.Frozen, experts: dict[str, list], w0: projector.Params
-) -> TrainState:
-    captioner = frozen.captioner
-    samples = config.training.batch * (len(config.data.domains) if config.joint else 1)
-    mesh = parallel.make_mesh(config.mesh, len(experts), samples)
-    optimizer = per_expert(adamw(config.training))
-    step = make_step(
-        frozen.language.graphdef, optimizer, first_position=captioner.first_position, remat=config.training.remat
-    )
-    batches: Any = pipeline.train_dataset(
-        experts, captioner, config.training.batch, config.seed, jax.process_index(), jax.process_count()
-    )
-    return train(
-        step,
-        init_state(w0, len(experts), optimizer),
-        frozen.language.params,
-        iter(batches),
-        mesh=mesh,
-        names=list(experts),
-        config=config.training,
-        checkpoints=config.checkpoints,
-        folder=config.out,
-    )
+def _belongs(config: PretrainConfig, frozen: assemble.Frozen) -> dict[str, Any]:
+    """What a checkpoint of the run is made of."""
+    settings = {key: value for key, value in output.compared(config).items() if key.split(".")[0] in _DECIDES}
+    return settings | {f"backbone.{part}": identity for part, identity in frozen.identity.items()}
 
 
-def _save(out: Path, name: str, params: projector.Params, info: dict[str, Any]) -> None:
-    store.save_projector(out / "projectors" / name, params, info)
-    torch_bridge.save_torch(out / "projectors" / f"{name}.safetensors", params, info)
+def _work(frozen: assemble.Frozen, online: bool) -> Work:
+    """FLOPs that a token and an image need at the least; the encoder's are counted for vision transformers."""
+    tower = nnx.merge(frozen.encoder.graphdef, frozen.encoder.params) if online else None
+    image = 0.0
+    if isinstance(tower, VisionTransformer):
+        image = 2.0 * tower.config.num_patches * sum(a.size for a in jax.tree.leaves(frozen.encoder.params))
+    return Work(4.0 * decoder_entries(frozen.language.config), image)
+
+
+@contextlib.contextmanager
+def _cache_filled_once(cache: Path) -> Iterator[None]:
+    """Where several processes share a cache, process 0 fills it before the others look."""
+    shared = jax.process_count() > 1 and seen_by_all(cache)
+    if shared and jax.process_index() > 0:
+        multihost_utils.sync_global_devices("the cache is filled")
+    yield
+    if shared and jax.process_index() == 0:
+        multihost_utils.sync_global_devices("the cache is filled")

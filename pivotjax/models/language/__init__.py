@@ -22,8 +22,8 @@ from pivotjax.models.language.family import Family
 from pivotjax.models.settings import Settings
 
 __all__ = [
-    "FAMILIES", "GGUF_FAMILIES", "Cache", "Decoder", "DecoderConfig", "Family", "Language", "Plan", "Remat", "abstract",
-    "family_of", "has_tokenizer", "load_language", "load_weights", "read_tokenizer",
+    "FAMILIES", "GGUF_FAMILIES", "Cache", "Decoder", "DecoderConfig", "Family", "Language", "Place", "Plan", "Remat",
+    "abstract", "family_of", "has_tokenizer", "load_language", "load_weights", "read_tokenizer",
 ]  # fmt: skip
 
 
