@@ -145,6 +145,11 @@ class Layout:
         """The mapped axis over which gradients and counts are summed by hand; under `jit` there is none."""
         return "data" if self.parallel == "pmap" else None
 
+    @property
+    def platform(self) -> str:
+        """Of the devices: cpu, gpu, tpu."""
+        return self.mesh.devices.flat[0].platform
+
     def put_state(self, state: Any) -> Any:
         """Train state onto its devices."""
         return put(state, shardings(self.mesh, "state", state))

@@ -17,6 +17,7 @@ from pivotjax.models.language import Plan
 from pivotjax.models.processors import Normalisation
 from pivotjax.models.vision import Features
 from pivotjax.training import losses
+from pivotjax.training.attention import check_splash, splash
 from pivotjax.training.optimizer import GuardConfig, TrainingConfig
 from pivotjax.training.parallel import ROWS, Layout, fitting, shardings
 
@@ -185,11 +186,15 @@ def _caption_nll(params, network, frozen, batch, config, layout) -> Float[Array,
     """
     language = nnx.merge(network.language, frozen["language"])
     plan = Plan(config.remat, place=lambda x: _constrained(layout, x, P(ROWS)))
+    if config.attention == "splash":
+        check_splash(language.config, batch["tokens"].shape[-1], *_where(layout))
     visual = projector.apply_stacked(params, _features(network, frozen, batch, layout))
 
     def hidden(visual, tokens, places, segments, positions):
         visual = visual.reshape(visual.shape[0], -1, visual.shape[-1])  # the images of a row one after the other
-        return vlm.caption_hidden(language, tokens, visual, places, segments, positions, plan)
+        kernel = splash(layout.mesh if _on_mesh(layout) else None, segments) if config.attention == "splash" else None
+        how = plan._replace(attention=kernel)
+        return vlm.caption_hidden(language, tokens, visual, places, segments, positions, how)
 
     inputs = (batch["tokens"], batch["places"], batch.get("segments"), batch.get("positions"))
     states = _each_expert(layout, hidden)(visual, *inputs)
@@ -223,6 +228,11 @@ def _features(network, frozen, batch, layout) -> Float[Array, "K B I V C"]:
 def _each_expert(layout: Layout | None, function: Callable) -> Callable:
     """`function` mapped over the leading axis of experts, which lives on the mesh axis of that name."""
     return jax.vmap(function, spmd_axis_name="expert" if _on_mesh(layout) else None)
+
+
+def _where(layout: Layout | None) -> tuple[str, int]:
+    """The devices' platform, and over how many of them each product with a frozen matrix is spread."""
+    return (jax.default_backend(), 1) if layout is None else (layout.platform, layout.mesh.shape["tensor"])
 
 
 def _on_mesh(layout: Layout | None) -> bool:
