@@ -24,6 +24,7 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
 
     name = "captioned_images"
     VERSION = tfds.core.Version("1.0.0")
+    code_path = None  # no folder with checksums of downloads; tfds 4.9 needs importlib_resources to look for one
 
     def __init__(self, corpus: Corpus | None = None, **settings):
         self._corpus, self.bad = corpus, Counter()

@@ -21,7 +21,6 @@ from pivotjax.data.decode import MOST_BYTES, REASONS, BadSample
 from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
 from pivotjax.files import atomic_path
-from pivotjax.progress import say
 
 _INDEX = 1  # part of every index's name: raise it when the layout changes
 _SPEAKER = "gpt"

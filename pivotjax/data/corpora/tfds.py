@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pivotjax.data.corpora import arrayrecord, base
-from pivotjax.data.decode import MOST_BYTES, BadSample
+from pivotjax.data.decode import BadSample
 from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
 
@@ -38,29 +38,28 @@ class TfdsCorpus:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Item:
-        index, record = self._record(index)
-        caption, image = base.checked_caption(record[self.caption_field], self._key(index)), record[self.image]
+        key, record = self._record(index)
+        caption, image = base.checked_caption(record[self.caption_field], key), record[self.image]
         if not isinstance(image, bytes):
-            raise BadSample("broken record", f"{self._key(index)}: its picture is {type(image).__name__}")
-        if len(image) > MOST_BYTES:
-            raise BadSample("absurd size", f"{self._key(index)} has {len(image)} bytes")
-        return base.make_item(self._key(index), caption, image)
+            raise BadSample("broken record", f"{key}: its picture is {type(image).__name__}")
+        return base.make_item(key, caption, image)
 
     def caption(self, index: int) -> str:
-        index, record = self._record(index)
-        return base.checked_caption(record[self.caption_field], self._key(index))
+        key, record = self._record(index)
+        return base.checked_caption(record[self.caption_field], key)
 
-    def _key(self, index: int) -> str:
-        return f"{self.split}/{index}"
-
-    def _record(self, index: int) -> tuple[int, dict[str, Any]]:
+    def _record(self, index: int) -> tuple[str, dict[str, Any]]:
+        """Key (the dataset's own where it has one) and features of an example."""
         index = base.checked_index(index, len(self))
+        where = f"{self.split}/{index}"
         try:
-            return index, self._source[index]
+            record = self._source[index]
+            key = record.get("key")
+            return key.decode("utf-8", "replace") if isinstance(key, bytes) else where, record
         except (RuntimeError, OSError) as error:  # the reader's
-            raise BadSample("unreadable shard", f"{self._key(index)}: {error}"[:300]) from error
+            raise BadSample("unreadable shard", f"{where}: {error}"[:300]) from error
         except Exception as error:  # the parser of tf.Example has as many kinds as there are ways to be none
-            raise BadSample("broken record", f"{self._key(index)}: {error}"[:300]) from error
+            raise BadSample("broken record", f"{where}: {error}"[:300]) from error
 
     def __reduce__(self):
         fields = (self.folder, self.split, self.image, self.caption_field, self.identity, self.lost)

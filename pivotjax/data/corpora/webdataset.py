@@ -94,11 +94,11 @@ def _field(data: bytes, field: str, key: str) -> object:
 
 
 class _Shard(NamedTuple):
-    """A shard's index file, the stamp of the tar it is of, bytes of that, samples, bytes of keys, what is wrong."""
+    """A shard's index file, the stamp of the tar it is of, its own SHA-256, samples, bytes of keys, what is wrong."""
 
     index: Path
     stamp: str
-    size: int
+    digest: str
     samples: int
     key_bytes: int
     problem: str
@@ -112,7 +112,7 @@ def _open(config: base.CorpusConfig, cache: Path) -> WebDataset:
     shards = tuple(found)
     lost = _damage(config.path, found, lost)
     table = _joined(list(found.values()), cache / "corpora")
-    identity = base.identity(config, zip(base.short_names(shards), (shard.size for shard in found.values())))
+    identity = base.identity(config, zip(base.short_names(shards), (shard.digest for shard in found.values())))
     return WebDataset(shards, field, table, identity, lost, Opened(open_ranges, _MOST_OPEN))
 
 
@@ -148,9 +148,9 @@ def _indexed(path: str, extension: str, folder: Path) -> _Shard:
 
 def _load(index: Path) -> _Shard:
     with np.load(index) as saved:
-        about = {name: str(saved[name]) for name in ("stamp", "problem")}
-        size, samples, key_bytes = saved["counts"].tolist()
-    return _Shard(index, about["stamp"], size, samples, key_bytes, about["problem"])
+        about = {name: str(saved[name]) for name in ("stamp", "digest", "problem")}
+        samples, key_bytes = saved["counts"].tolist()
+    return _Shard(index, about["stamp"], about["digest"], samples, key_bytes, about["problem"])
 
 
 def _write_index(index: Path, now: str, size: int, path: str, extension: str) -> None:
@@ -168,8 +168,9 @@ def _write_index(index: Path, now: str, size: int, path: str, extension: str) ->
     numbers = {name: np.array([sample[name] for sample in samples], np.int64) for name in _NUMBERS}
     keys = b"".join(sample["key"] for sample in samples)
     sizes = np.array([len(sample["key"]) for sample in samples], np.int64)
+    digest = hashlib.sha256(b"".join([keys, *(column.tobytes() for column in numbers.values())])).hexdigest()
     with atomic_path(index) as temporary, open(temporary, "wb") as out:
-        about = {"stamp": now, "problem": problem, "counts": np.array([size, len(samples), len(keys)])}
+        about = {"stamp": now, "digest": digest, "problem": problem, "counts": [len(samples), len(keys)]}
         np.savez(out, **about, **numbers, key=np.frombuffer(keys, np.uint8), key_sizes=sizes)
 
 
