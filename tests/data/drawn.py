@@ -55,7 +55,8 @@ class Drawn:
 def picture(theme: str, seed: int, side: int = 64) -> np.ndarray:
     """uint8 [side, side, 3]: soft blotches around the theme's colour."""
     random = np.random.default_rng([seed, 2])
-    blotches = Image.fromarray(random.integers(0, 256, (7, 7, 3), np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(random.integers(0, 256, (7, 7, 3), np.uint8))
+    blotches = coarse.resize((side, side), Image.Resampling.BICUBIC)
     return (0.4 * np.asarray(blotches) + 0.6 * np.array(_COLOURS[theme])).astype(np.uint8)
 
 
