@@ -5,7 +5,7 @@ import pickle
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +83,10 @@ class Described:
         state = jax.eval_shape(lambda w0: init_state(w0, self.work.experts, optimizer), self.w0)
         roots = ("state", state), ("frozen", self.frozen), ("batch", self.batch())
         return tuple(_placed(mesh, root, tree) for root, tree in roots)
+
+    def without_remat(self) -> TrainingConfig:
+        """The same training, with nothing computed twice on purpose."""
+        return replace(self.training, remat="none")
 
     def traced(self, mesh: Mesh, training: TrainingConfig | None = None) -> jax.stages.Traced:
         """The step traced for a mesh, as a run traces it."""
@@ -201,12 +205,15 @@ def _repeated(program: Program, frozen: Any) -> tuple[str, ...]:
 _EXECUTABLE, _ABOUT = "step.executable", "about.json"
 
 
-def save(folder: Path, executable: jax.stages.Compiled, about: Mapping[str, Any]) -> None:
-    """Writes a compiled step to a folder, whole or not at all, with what it was compiled for beside it."""
+def save(
+    folder: Path, executable: jax.stages.Compiled, devices: list[jax.Device], about: Mapping[str, Any]
+) -> None:
+    """Writes a step compiled for these devices to a folder, whole or not at all, with what is known `about` it."""
     with files.atomic_path(folder) as temporary:
         temporary.mkdir()
         (temporary / _EXECUTABLE).write_bytes(pickle.dumps(serialize_executable.serialize(executable)))
-        files.write_json(temporary / _ABOUT, {**about, "sha256": files.sha256(temporary / _EXECUTABLE)})
+        digest = files.sha256(temporary / _EXECUTABLE)
+        files.write_json(temporary / _ABOUT, {**about, "sha256": digest, "versions": versions(devices)})
 
 
 def load(folder: Path, devices: list[jax.Device] | None = None) -> jax.stages.Compiled:

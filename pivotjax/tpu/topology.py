@@ -117,6 +117,8 @@ class Slice:
     """Node label of Google Kubernetes Engine; its topology label is that of `topology`."""
     mesh: parallel.MeshConfig
     """The mesh where a recipe names none."""
+    launch: tuple[str, ...]
+    """Scripts of tpu_configs/launch/ that start a run on it."""
 
     @property
     def hbm_bytes(self) -> float:

@@ -1,0 +1,218 @@
+"""What `pivotjax compile` says about a step on a slice: one mapping for programs, one table for people."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pivotjax.tpu import collectives, flops, traffic
+from pivotjax.tpu.collectives import Collective
+from pivotjax.tpu.compile import Compiled, Described, backbone
+from pivotjax.tpu.roofline import Roofline, roofline
+from pivotjax.tpu.topology import Slice
+from pivotjax.training.parallel import MeshConfig
+
+_ESTIMATES = "rooflines: what the chips' limits allow, not measured; a run is slower"
+
+
+def report(step: Described, where: Slice, mesh: Mesh, done: Compiled, caption_tokens: float = 0.0) -> dict[str, Any]:
+    """Everything about a compiled step, as plain values.
+
+    Where it does not fit the chip's memory, `memory.fits` is False and what needs the program (`flops.executed`, `hbm`,
+    `collectives`, `roofline`) is None.
+
+    Args:
+        caption_tokens: mean tokens of a caption, for the share of padding; 0: not known.
+    """
+    work, training, fits = step.work, step.training, done.program is not None
+    minimum = step.minimum()
+    found = collectives.find(done.program, mesh.size) if fits else []
+    line = _roofline(step, where, mesh, done, found) if fits else None
+    values = {
+        "slice": {"name": where.accelerator_type, "topology": where.topology, "chips": where.chips,
+                  "hosts": where.hosts, "source": where.source},
+        "mesh": dict(mesh.shape),
+        "step": {
+            "experts": work.experts, "samples_per_expert": work.samples, "samples": work.experts * work.samples,
+            "tokens_per_sample": work.length, "targets_per_sample": work.targets,
+            "padding": _padding(step, caption_tokens), "remat": training.remat,
+            "device_batch": training.device_batch, "accumulate": training.accumulate,
+            "images_encoded_in_step": work.online, "steps": training.steps,
+        },
+        "memory": _memory(step, where, mesh, done),
+        "flops": _flops(step, mesh, done, minimum),
+        "hbm": {"bytes": traffic.hbm_bytes(done.program)} if fits else None,
+        "collectives": _by_kind(found) if fits else None,
+        "roofline": None if line is None else {**line._asdict(), "estimate": _ESTIMATES},
+        "compiler": {"seconds": done.seconds, "jax": jax.__version__, "unknown_loops": len(done.program.unknown_loops)
+                     if fits else None},
+    }  # fmt: skip
+    return values | {"advice": advice(step, values)}
+
+
+def _roofline(step: Described, where: Slice, mesh: Mesh, done: Compiled, found: Sequence[Collective]) -> Roofline:
+    coordinates = np.array([device.coords for device in mesh.devices.flat])[:, : len(where.wraps)]
+    samples = step.work.experts * step.work.samples * step.work.images
+    return roofline(done.program, found, where, coordinates, step.minimum().total, samples, step.training.steps)
+
+
+def _padding(step: Described, caption_tokens: float) -> float | None:
+    """Share of a sequence's tokens that captions leave empty."""
+    work = step.work
+    return work.images * max(0.0, work.targets / work.images - caption_tokens) / work.length if caption_tokens else None
+
+
+def _memory(step: Described, where: Slice, mesh: Mesh, done: Compiled) -> dict[str, Any]:
+    state, _, batch = step.arguments(mesh)
+    once = backbone(step, mesh, done.program)
+    return {
+        **done.memory._asdict(),
+        "hbm_bytes": int(where.hbm_bytes),
+        "over": max(0, done.memory.bytes - done.memory.limit),
+        "state": _own_bytes(state),
+        "batch": _own_bytes(batch),
+        "backbone": {**once._asdict(), "repeated": list(once.repeated)},
+    }
+
+
+def _own_bytes(tree: Any) -> int:
+    """Of one device."""
+    return int(sum(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64) * leaf.dtype.itemsize
+                   for leaf in jax.tree.leaves(tree)))  # fmt: skip
+
+
+def _flops(step: Described, mesh: Mesh, done: Compiled, minimum: flops.Minimum) -> dict[str, Any]:
+    least = float(minimum.total) / mesh.size
+    values = {"minimum": least, "minimum_parts": {k: float(v) / mesh.size for k, v in minimum._asdict().items()}}
+    if done.program is None:
+        return values | dict.fromkeys(("executed", "recomputed", "ratio_to_minimum", "ratio_with_recomputation"))
+    found = flops.executed(done.program)
+    return values | {
+        "executed": found.total,
+        "recomputed": found.recomputed,
+        "ratio_to_minimum": (found.total - found.recomputed) / least,
+        "ratio_with_recomputation": found.total / least,
+        "traced": flops.asked(step.traced(mesh, step.without_remat()).jaxpr) / mesh.size,
+        "kernels_not_counted": found.kernels,
+    }
+
+
+def _by_kind(found: Sequence[Collective]) -> list[dict[str, Any]]:
+    """Collectives by kind and by whether they run beside products, the largest first."""
+    groups: dict[tuple[str, bool], list[Collective]] = defaultdict(list)
+    for one in found:
+        groups[one.kind, one.overlapped].append(one)
+    rows = [
+        {"kind": kind, "overlapped": beside, "runs": sum(one.times for one in members),
+         "bytes": sum(one.times * one.bytes for one in members), "sent_bytes": sum(one.sent for one in members)}
+        for (kind, beside), members in groups.items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: -row["sent_bytes"])
+
+
+def advice(step: Described, values: dict[str, Any]) -> list[str]:
+    """What binds, and what to change."""
+    training, memory, line = step.training, values["memory"], values["roofline"]
+    if line is None:
+        rows = training.device_batch or _rows(step, values["mesh"])
+        return [
+            f"does not fit: {_gib(memory['over'])} GiB over the {_gib(memory['limit'])} GiB that a chip has",
+            f"change: --training.device-batch {max(1, rows // 2)}, --training.remat layers, or a larger --mesh.fsdp",
+        ]
+    said = [f"{line['binds']} binds"]
+    free = memory["hbm_bytes"] - memory["bytes"]
+    if line["binds"] == "compute" and training.remat == "layers":
+        said.append("change: --training.remat dots computes a third less again, where memory allows")
+    elif line["binds"] == "compute":
+        said.append("at the chips' arithmetic: only fewer tokens (pack, a shorter max_caption) or more chips help")
+    if line["binds"] == "ici":
+        said.append(
+            "change: a larger --training.device-batch or --training.batch (weights are gathered once a part), or a "
+            "smaller --mesh.fsdp"
+        )
+    if line["binds"] == "hbm":
+        said.append(
+            "change: a larger --training.device-batch (weights are read once a part), or --training.attention splash "
+            "(scores stay on the chip)"
+        )
+    if free > 0.5 * memory["hbm_bytes"]:
+        said.append(f"{free / 2**30:.1f} GiB of a chip stay free: a smaller --mesh.fsdp or less recomputation has room")
+    return said
+
+
+def _rows(step: Described, mesh: dict[str, int]) -> int:
+    return step.work.experts * step.work.samples // (mesh["expert"] * mesh["data"] * mesh["fsdp"])
+
+
+def table(values: dict[str, Any]) -> str:
+    """For people."""
+    where, given, memory, line = (values[name] for name in ("slice", "step", "memory", "roofline"))
+    mesh = " x ".join(f"{name} {size}" for name, size in values["mesh"].items())
+    padding = "" if given["padding"] is None else f", {given['padding']:.1%} of them padding"
+    rows = [
+        ("recipe", values["recipe"]),
+        ("run with", values["flags"]),
+        ("slice", f"{where['name']}: {where['chips']} chips, {where['hosts']} hosts; mesh {mesh}"),
+        ("step", f"{given['experts']} experts x {given['samples_per_expert']} samples x {given['tokens_per_sample']} "
+                 f"tokens{padding}; remat {given['remat']}, at most {given['device_batch'] or 'all'} samples at once"),
+        ("memory", f"{'fits' if memory['fits'] else 'DOES NOT FIT'}: {_gib(memory['bytes'])} of "
+                   f"{_gib(memory['limit'])} GiB a chip"),
+    ]  # fmt: skip
+    if memory["arguments"] is not None:
+        kinds = ("arguments", "outputs", "aliased", "temporaries", "code")
+        rows.append(("", ", ".join(f"{kind} {_gib(memory[kind])}" for kind in kinds)))
+    once = memory["backbone"]
+    rows.append(
+        ("backbone", f"{once['copies']:.3f} copies over {once['shards']} chips, {_gib(once['per_device'])} GiB a chip; "
+                     f"arrays repeated in the step: {len(once['repeated'])}")
+    )  # fmt: skip
+    if line is not None:
+        rows += _of_program(values)
+    rows += [("", said) for said in values["advice"]]
+    rows.append(("compiled", f"in {values['compiler']['seconds']:.0f} s with jax {values['compiler']['jax']}"))
+    return "\n".join(f"{name:<11}{text}" for name, text in rows)
+
+
+def _of_program(values: dict[str, Any]) -> list[tuple[str, str]]:
+    arithmetic, line = values["flops"], values["roofline"]
+    rows = [
+        ("FLOPs", f"{arithmetic['executed'] / 1e12:.2f} T a chip, {arithmetic['ratio_to_minimum']:.3f} x the minimum; "
+                  f"recomputed {arithmetic['recomputed'] / 1e12:.2f} T, with them "
+                  f"{arithmetic['ratio_with_recomputation']:.3f} x; traced {arithmetic['traced'] / 1e12:.2f} T"),
+        ("HBM", f"{values['hbm']['bytes'] / 1e9:.1f} GB a chip (estimate)"),
+    ]  # fmt: skip
+    for row in values["collectives"]:
+        beside = "beside products" if row["overlapped"] else "not beside products"
+        sent = f"{row['sent_bytes'] / 1e9:.2f} GB sent a chip"
+        rows.append(("ICI", f"{row['kind']}: {sent} in {row['runs']} runs, {beside}"))
+    rows += [
+        ("estimate", f"compute {line['compute_seconds']:.3f} s, HBM {line['hbm_seconds']:.3f} s, ICI "
+                     f"{line['ici_seconds']:.3f} s ({line['ici_exposed_seconds']:.3f} s exposed)"),
+        ("estimate", f"step {line['step_seconds']:.3f} s, MFU {line['mfu']:.1%}, {line['samples_per_second']:.0f} "
+                     f"samples/s"),
+        ("estimate", f"{values['step']['steps']} steps in {line['hours']:.2f} h, {line['chip_hours']:.0f} chip-hours "
+                     f"({_ESTIMATES})"),
+    ]  # fmt: skip
+    return rows
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def ways(rows: Sequence[tuple[MeshConfig, dict[str, Any]]]) -> str:
+    """A sweep's results, one line a way."""
+    lines = ["expert data fsdp tensor  batch  remat   at once   GiB   fits  estimated step  MFU    samples/s"]
+    for mesh, values in rows:
+        given, memory, line = values["step"], values["memory"], values["roofline"]
+        sizes = "{:6d} {:4d} {:4d} {:6d}".format(*astuple(mesh))
+        speed = "-" if line is None else (
+            f"{line['step_seconds']:11.3f} s  {line['mfu']:5.1%}  {line['samples_per_second']:9.0f}"
+        )  # fmt: skip
+        lines.append(f"{sizes}  {given['samples_per_expert']:5d}  {given['remat']:7s} {given['device_batch']:6d}  "
+                     f"{memory['bytes'] / 2**30:6.2f}  {'yes' if memory['fits'] else 'no':4s} {speed}")  # fmt: skip
+    return "\n".join(lines)
