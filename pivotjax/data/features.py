@@ -18,7 +18,6 @@ import jax
 import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from jax.experimental import multihost_utils
 from jaxtyping import UInt8
 
 from pivotjax.data.corpora import Corpus
@@ -85,9 +84,9 @@ def build_shards(
 ) -> Path:
     """Renders and encodes a corpus of any size into a folder of ArrayRecords of `shard` samples each; returns it.
 
-    A shard appears only when complete and is not made again: a run that was stopped goes on with the next one. Where
-    there are several processes, each makes its share of the shards, in a folder that they must have in common. Bad
-    samples are left out of the records and written down, with their reason, beside each shard.
+    A shard appears only when complete and is not made again: a run that was stopped goes on with the next one, and
+    processes that have the folder in common share the work, each beginning at another shard. Bad samples are left out
+    of the records and written down, with their reason, beside each shard.
 
     Args:
         name: the domain's.
@@ -108,34 +107,34 @@ def build_shards(
     facts = f"{_FORMAT} {encoder.identity} {corpus.identity} {variant} {dtype} {shard}"
     path = output_folder(Path(folder) / f"{name}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}")
     shards = math.ceil(len(corpus) / shard)
-    _check_room(name, path, shards, len(corpus), encoder)
-    own = range(jax.process_index(), shards, jax.process_count())
-    missing = [number for number in own if not _is_whole(path, number)]
-    ranges = {number: range(number * shard, min((number + 1) * shard, len(corpus))) for number in missing}
-    with Bar(sum(map(len, ranges.values())), f"encode {name}", unit="image") as bar:
+    first = jax.process_index() * shards // jax.process_count()  # where this process begins its round
+    order = [number for number in [*range(first, shards), *range(first)] if not _is_whole(path, number)]
+    ranges = {number: range(number * shard, min((number + 1) * shard, len(corpus))) for number in order}
+    if not order:
+        return path
+    total = sum(map(len, ranges.values()))
+    _check_room(name, path, total, encoder)
+    with Bar(total, f"encode {name}", unit="image") as bar:
         for number, indices in ranges.items():
+            if _is_whole(path, number):  # another process has made it
+                bar.update(len(indices))
+                continue
             with atomic_path(path / f"{number:05}{_SHARD}") as temporary:
                 bad = _write(temporary, _encoded(corpus, indices, encoder, render, batch), dtype, bar)
                 write_json(path / f"{number:05}.json", {"samples": len(indices), "bad": bad})  # there before its shard
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"features {path.name}")
-    if not all(_is_whole(path, number) for number in range(shards)):
-        raise InputError(f"{path} lacks shards that other processes made; give all of them one cache folder")
     return path
 
 
-def _check_room(name: str, path: Path, shards: int, samples: int, encoder: vision.Encoder) -> None:
-    """Says what a cache that is not there yet will take; InputError where the disk has no room for it."""
-    there = sum(_is_whole(path, number) for number in range(shards))
-    need = (shards - there) / shards * samples * (2 * encoder.num_tokens * encoder.dim + _ABOUT)
+def _check_room(name: str, path: Path, samples: int, encoder: vision.Encoder) -> None:
+    """Says what so many samples will take; InputError where the disk has no room for them."""
+    need = samples * (2 * encoder.num_tokens * encoder.dim + _ABOUT)
     free = shutil.disk_usage(path).free
     if need > free:
         raise InputError(
             f"the features of {name} take {need / 1e9:.1f} GB, {path} has room for {free / 1e9:.1f} GB; "
             "give a larger disk by `cache`, or set data.features to online"
         )
-    if there < shards:
-        say(f"encode {name}: {samples} images, {need / 1e9:.2f} GB to write in {path}")
+    say(f"encode {name}: {samples} images, {need / 1e9:.2f} GB to write in {path}")
 
 
 def _is_whole(path: Path, number: int) -> bool:

@@ -81,7 +81,8 @@ def open_splits(
     frozen = assemble.frozen_of(expert.info, cache, first)
     _, data = assemble.config_of(expert.info, first)
     names = sorted({domain for some in domains for domain in some})
-    return frozen, {name: assemble.load_domain(name, data, frozen, cache).splits["calibration"] for name in names}
+    loaded = {name: assemble.load_domain(name, data, frozen, cache, held_out_only=True) for name in names}
+    return frozen, {name: domain.splits["calibration"] for name, domain in loaded.items()}
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,19 @@
 
 import pickle
 import resource
+import shutil
+from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from pivotjax.data.features import FeatureSource, build
+from pivotjax.data import features
+from pivotjax.data.decode import BadSample
+from pivotjax.data.features import FeatureSource, ShardedFeatures, build, build_shards
+from pivotjax.data.images import render
+from pivotjax.data.pictures import Pictures
+from pivotjax.data.pipeline import Feed
 from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
 from pivotjax.models import vision
@@ -127,3 +135,134 @@ def test_stored_features_are_the_encoders(assets, tmp_path):
     assert len(stored) == len(items) == 4
     for i in range(4):
         np.testing.assert_allclose(stored[i]["features"], direct[i], rtol=1e-3, atol=1e-3)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Items as a corpus; the `bad` ones cannot be had."""
+
+    items: tuple[Item, ...]
+    bad: dict[int, str]
+    identity: str = "identity-of-corpus"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        if index in self.bad:
+            raise BadSample(self.bad[index])
+        return self.items[index]
+
+
+BAD = {0: "missing image", 7: "corrupt image", 8: "corrupt image", 22: "empty caption"}
+
+
+@pytest.fixture
+def corpus(make_items) -> Corpus:
+    return Corpus(tuple(make_items(23)), BAD)
+
+
+def shards(corpus, encoder, folder, **options):
+    return build_shards("greys", corpus, encoder, folder, render, **{"batch": 4, "shard": 8} | options)
+
+
+def test_shards_keep_the_corpus_numbers_and_know_its_bad_samples(tmp_path, encoder, corpus):
+    stored = ShardedFeatures(shards(corpus, encoder, tmp_path), "greys")
+    assert len(stored) == 23 and stored.dropped() == {"missing image": 1, "corrupt image": 2, "empty caption": 1}
+    assert sorted(file.name for file in stored.path.glob("*.arrayrecord")) == [f"0000{n}.arrayrecord" for n in range(3)]
+    for source in (stored, pickle.loads(pickle.dumps(stored))):
+        for i in range(23):
+            if i in BAD:
+                with pytest.raises(BadSample, match=BAD[i]):
+                    source[i]
+            else:
+                assert source[i]["key"] == f"greys/{i}"
+                np.testing.assert_allclose(source[i]["features"], i / 255, rtol=1e-3)
+    usable = stored.usable()
+    assert usable.name == "greys" and [usable[i]["key"] for i in range(len(usable))] == [
+        f"greys/{i}" for i in range(23) if i not in BAD
+    ]
+    with pytest.raises(IndexError):
+        stored[23]
+
+
+def test_cached_and_online_samples_are_the_same_stream(tmp_path, encoder, make_items, captioner):
+    """Bad ones included: what replaces them does not depend on where they are met."""
+    corpus = Corpus(tuple(make_items(23)), BAD)
+    stored = ShardedFeatures(shards(corpus, encoder, tmp_path), "greys")
+    pictures = Pictures(corpus, "greys", encoder.image_size)
+    cached, online = (Feed({"a": [one]}, captioner, 8, seed=3, bad_limit=1).start(0) for one in (stored, pictures))
+    for _ in range(4):
+        left, right = next(cached), next(online)
+        assert all(np.array_equal(left[key], right[key]) for key in ("ids", "tokens", "targets", "bad"))
+        np.testing.assert_allclose(left["features"][..., 0, 0], right["images"][..., 8, 8, 0] / 255, atol=1e-3)
+
+
+def test_bfloat16_goes_through_as_it_is(tmp_path, encoder, corpus, captioner):
+    stored = ShardedFeatures(shards(corpus, encoder, tmp_path, dtype="bfloat16"), "greys")
+    assert stored[9]["features"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_allclose(stored[9]["features"].astype(np.float32), 9 / 255, rtol=2**-8)
+    batch = next(Feed({"a": [stored]}, captioner, 4, seed=0, bad_limit=1).start(0))
+    assert batch["features"].dtype == ml_dtypes.bfloat16 and batch["features"].shape == (1, 4, 1, 4, 3)
+
+
+def test_an_interrupted_cache_goes_on_at_its_shard(tmp_path, encoder, corpus, monkeypatch):
+    whole = shards(corpus, encoder, tmp_path / "whole")
+    sound, seen = vision.encode, []
+
+    def stops(encoder, images):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return sound(encoder, images)
+
+    monkeypatch.setattr(vision, "encode", stops)
+    with pytest.raises(KeyboardInterrupt):
+        shards(corpus, encoder, tmp_path / "again")
+    monkeypatch.setattr(vision, "encode", sound)
+    made = len(encoder.params["calls"])
+    path = shards(corpus, encoder, tmp_path / "again")
+    assert len(encoder.params["calls"]) - made == 4  # the two batches of each shard that was not finished
+    assert path.name == whole.name
+    files = sorted(file.name for file in path.iterdir())
+    assert files == sorted(file.name for file in whole.iterdir())  # and nothing half-written beside them
+    assert all((path / file).read_bytes() == (whole / file).read_bytes() for file in files)
+    shards(corpus, encoder, tmp_path / "again")
+    assert len(encoder.params["calls"]) - made == 4
+
+
+def test_processes_share_the_shards(tmp_path, encoder, corpus, monkeypatch):
+    """The second of two begins in the middle; the first makes what that one has left."""
+    sound, whole = vision.encode, shards(corpus, encoder, tmp_path / "alone", shard=4)
+    made = []
+
+    def stops(encoder, images):
+        made.append(1)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return sound(encoder, images)
+
+    monkeypatch.setattr(features.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(features.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(vision, "encode", stops)
+    with pytest.raises(KeyboardInterrupt):
+        shards(corpus, encoder, tmp_path / "shared", shard=4)
+    path = tmp_path / "shared" / whole.name
+    assert sorted(file.name for file in path.glob("*.arrayrecord")) == ["00003.arrayrecord", "00004.arrayrecord"]
+    monkeypatch.setattr(features.jax, "process_index", lambda: 0)
+    made.extend([1] * 3)
+    assert shards(corpus, encoder, tmp_path / "shared", shard=4) == path
+    assert len(made) == 3 + 3 + 4  # 6 shards, 2 there
+    for file in whole.iterdir():
+        assert (path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_cache_that_the_disk_has_no_room_for(tmp_path, encoder, corpus, monkeypatch, capsys):
+    shards(corpus, encoder, tmp_path)
+    assert "encode greys: 23 images, 0.00 GB to write in" in capsys.readouterr().err
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 5000))
+    shards(corpus, encoder, tmp_path)  # there already
+    with pytest.raises(
+        InputError, match=r"room for 0\.0 GB; give a larger disk by `cache`, or set data.features to online"
+    ):
+        shards(corpus, encoder._replace(identity="other"), tmp_path)
