@@ -161,8 +161,8 @@ class Layout:
     def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's part of a batch `[K, B, ...]` onto its devices."""
         if self.parallel == "jit":
-            where = shardings(self.mesh, "batch", batch)
-            return jax.tree.map(jax.make_array_from_process_local_data, where, batch)
+            where = NamedSharding(self.mesh, P("expert", ROWS))  # not `shardings`: sizes here are this process's
+            return {name: jax.make_array_from_process_local_data(where, a) for name, a in batch.items()}
         count = self.mesh.size
         parts = {name: np.stack(np.split(a, count, axis=1)) for name, a in batch.items()}
         return jax.device_put(parts, NamedSharding(self.mesh, P("data")))

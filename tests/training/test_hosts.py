@@ -1,0 +1,141 @@
+"""Several processes on the loopback address train as one does, and end together."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import loopback
+import numpy as np
+import pytest
+
+from pivotjax.errors import InputError
+from pivotjax.training import hosts
+from pivotjax.training.hosts import HostsConfig
+from pivotjax.training.metrics import read_metrics
+
+ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
+STEPS = 10
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def together(out, mesh, count, what="", steps=STEPS):
+    """All processes of a run: [(status, stderr)]."""
+    path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": path}
+    port = str(free_port())
+    commands = [
+        [sys.executable, str(HERE / "loopback.py"), str(out), str(steps), mesh, str(count), str(k), port, what]
+        for k in range(count)
+    ]
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    try:
+        said = [one.communicate(timeout=240)[1] for one in running]
+    finally:
+        for one in running:
+            one.kill()
+    return [(one.returncode, err) for one, err in zip(running, said)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process: its parameters and its rows of metrics."""
+    folder = tmp_path_factory.mktemp("alone")
+    state = loopback.run(folder, STEPS)
+    return jax.device_get(state.params), read_metrics(folder)
+
+
+def same_curve(rows, alone):
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for name in ("e0", "e1"):
+        for key in ("loss", "gradient_norm"):
+            curve, expected = ([row[name][key] for row in some] for some in (rows, alone))
+            np.testing.assert_allclose(curve, expected, rtol=1e-5)
+    assert np.ptp(expected) > 1e-3
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_does(tmp_path, alone):
+    ended = together(tmp_path, "2x2", 4)
+    assert [status for status, _ in ended] == [0] * 4, ended
+    rows = read_metrics(tmp_path)
+    same_curve(rows, alone[1])
+    assert all(row["samples_per_second"] * row["seconds_per_step"] == pytest.approx(8, rel=0.02) for row in rows[1:])
+    assert all("pre-training: 10/10" not in err for _, err in ended[1:])  # process 0 alone speaks
+    assert not list(tmp_path.glob("**/.seen-by-all-*"))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_ends_both_and_one_process_goes_on(tmp_path, alone):
+    ended = together(tmp_path, "1x2", 2, "terminated")
+    assert [status for status, _ in ended] == [143] * 2, ended
+    saved = max(int(path.name) for path in (tmp_path / "training").iterdir())
+    assert 3 < saved < STEPS
+    line = f"told to end (SIGTERM): step {saved} is finished and saved; the same command goes on from there"
+    assert line in ended[0][1] and line not in ended[1][1]
+    state = loopback.run(tmp_path, STEPS)
+    same_curve(read_metrics(tmp_path), alone[1])
+    for mine, theirs in zip(jax.tree.leaves(jax.device_get(state.params)), jax.tree.leaves(alone[0])):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("failing", "pivotjax: process 1 ended all: the disk of this host is full"),
+        ("killed", "loopback: the connection to another process was lost; see its log"),
+    ],
+)
+def test_one_that_fails_ends_all_and_what_was_saved_stays(tmp_path, alone, what, said):
+    started = time.monotonic()
+    (status, err), (other, _) = together(tmp_path, "1x2", 2, what)
+    assert (status, other) == (2, 2 if what == "failing" else -9), err
+    assert said in err and "Traceback" not in err
+    assert time.monotonic() - started < 60
+    loopback.run(tmp_path, STEPS)  # from step 3, in one process
+    same_curve(read_metrics(tmp_path), alone[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_others_that_never_come_are_waited_for_so_long_and_no_longer(index):
+    code = "import sys; from pivotjax.training import hosts; from pivotjax.errors import InputError\n"
+    code += f"config = hosts.HostsConfig('127.0.0.1:{free_port()}', 2, {index}, timeout=2)\n"
+    code += "try:\n    hosts.joined(config).__enter__()\nexcept InputError as error:\n    "
+    code += "sys.exit(f'pivotjax: {error}')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert ended.returncode in (1, 2)
+    assert ended.stderr.startswith(f"pivotjax: process {index} of 2 did not meet the others at 127.0.0.1:")
+    assert "within 2 s; check hosts.coordinator" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (dict(coordinator="10.0.0.1"), "HOST:PORT"),
+        (dict(coordinator="h:1", count=2, index=2), "count from 0 to 1"),
+        (dict(count=2), "no coordinator"),
+        (dict(timeout=0), "timeout must be at least 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(given, said):
+    with pytest.raises(InputError, match=said):
+        HostsConfig(**given)
+
+
+def test_a_process_that_is_alone():
+    with hosts.joined(HostsConfig()):
+        assert hosts.gather({"a": np.int32(3)})["a"].tolist() == [3]
+        assert not hosts.preempted(1)
