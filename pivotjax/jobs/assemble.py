@@ -18,6 +18,7 @@ from pivotjax.data import assets, domains, features, images, parts, scenarios
 from pivotjax.data.captions import Captioner, LongCaptions, Template
 from pivotjax.data.corpora import Corpus, CorpusConfig, open_corpus
 from pivotjax.data.domains import SPLITS, Split
+from pivotjax.data.features import StoredType
 from pivotjax.data.pictures import Decoder, NonRGB, Pictures
 from pivotjax.data.pipeline import Feed
 from pivotjax.data.sources import source
@@ -76,7 +77,7 @@ class DataConfig:
     """Seed of the split of concepts into train, calibration and test."""
     features: Literal["cache", "online"] = "cache"
     """Training pictures: encoded once, their features kept on disk, or encoded in every training step."""
-    cache_dtype: features.StoredType = "float16"
+    cache_dtype: StoredType = "float16"
     """Type of cached features of corpora and scenarios; bfloat16 ones go to the devices as they are."""
     fit: Literal["square", "processor"] = "square"
     """How pictures become square: centred in white, or by the encoder's processor (CLIP: the middle is cut out)."""
