@@ -23,6 +23,7 @@ from pivotjax.errors import InputError
 
 _ENDED = "pivotjax/ended"  # key of the coordination service: the process that failed first
 _LOST = ("Gloo", "Connection closed", "Connection reset", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "socket")
+_LOOK = 0.5  # seconds between looks for such news
 _GRACE = 5.0  # seconds for news of another process's end to come through
 
 
@@ -60,14 +61,17 @@ def joined(config: HostsConfig) -> Iterator[None]:
     if distributed.global_state.client is not None or not _initialised(config) or jax.process_count() == 1:
         yield
         return
-    ended = threading.Thread(target=_end_with_the_others, daemon=True)
-    ended.start()
+    left = threading.Event()
+    watching = threading.Thread(target=_end_with_the_others, args=(left,), daemon=True)
+    watching.start()
     try:
         yield
+        left.set()
+        watching.join()
     except (Exception, KeyboardInterrupt) as error:
         lost = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in _LOST)
         if lost:  # the cause is another process: its own words, if it left any, come within the grace
-            ended.join(_GRACE)
+            watching.join(_GRACE)
             error = InputError(
                 "the connection to another process was lost; see its log, then start all of them again: "
                 "they go on from the last checkpoint"
@@ -144,15 +148,16 @@ def _tell(status: int, error: BaseException) -> None:
         distributed.global_state.client.key_value_set(_ENDED, note)
 
 
-def _end_with_the_others() -> None:
-    """In a thread: waits for word of another process's end, says it, and ends this one."""
-    try:
-        note = json.loads(distributed.global_state.client.blocking_key_value_get(_ENDED, 2**31 - 1))
-    except Exception:  # this process or the service ends
-        return
-    if note["process"] != jax.process_index():
-        print(f"pivotjax: process {note['process']} ended all: {note['what']}", file=sys.stderr)
-        _leave(note["status"])
+def _end_with_the_others(left: threading.Event) -> None:
+    """In a thread, until `left` is set: where word of another process's end comes, says it and ends this one."""
+    while not left.wait(_LOOK):
+        try:
+            note = json.loads(distributed.global_state.client.key_value_try_get(_ENDED))
+        except jax.errors.JaxRuntimeError:  # no word yet
+            continue
+        if note["process"] != jax.process_index():
+            print(f"pivotjax: process {note['process']} ended all: {note['what']}", file=sys.stderr)
+            _leave(note["status"])
 
 
 def _leave(status: int) -> None:

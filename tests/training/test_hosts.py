@@ -19,6 +19,10 @@ from pivotjax.training.metrics import read_metrics
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 STEPS = 10
+QUICK = {  # to compile, not to run
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 
 
 def free_port() -> int:
@@ -30,7 +34,7 @@ def free_port() -> int:
 def together(out, mesh, count, what="", steps=STEPS):
     """All processes of a run: [(status, stderr)]."""
     path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": path}
+    environment = os.environ | {"PYTHONPATH": path} | QUICK
     port = str(free_port())
     commands = [
         [sys.executable, str(HERE / "loopback.py"), str(out), str(steps), mesh, str(count), str(k), port, what]
@@ -58,11 +62,10 @@ def alone(tmp_path_factory):
 
 def same_curve(rows, alone):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    for name in ("e0", "e1"):
-        for key in ("loss", "gradient_norm"):
-            curve, expected = ([row[name][key] for row in some] for some in (rows, alone))
-            np.testing.assert_allclose(curve, expected, rtol=1e-5)
-    assert np.ptp(expected) > 1e-3
+    for key, tolerance in (("loss", 1e-5), ("gradient_norm", 1e-4)):
+        curve, expected = ([[row[name][key] for name in ("e0", "e1")] for row in some] for some in (rows, alone))
+        np.testing.assert_allclose(curve, expected, rtol=tolerance)
+        assert np.ptp(expected) > 0.1
 
 
 @pytest.mark.slow
