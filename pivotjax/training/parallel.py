@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
@@ -123,11 +123,34 @@ def put(tree: Any, where: Any) -> Any:
 
 
 def local_share(mesh: Mesh, experts: int, rows: int) -> Share:
-    """What this process feeds of a batch `[experts, rows, ...]`."""
-    sharding = NamedSharding(mesh, P("expert", ROWS))
-    parts = sharding.addressable_devices_indices_map((experts, rows)).values()
-    ranges = [[range(*cut.indices(size)) for cut, size in zip(part, (experts, rows))] for part in parts]
-    return Share(*(range(min(r.start for r in own), max(r.stop for r in own)) for own in zip(*ranges)))
+    """What this process feeds of a batch `[experts, rows, ...]`; InputError where that is no block of it.
+
+    An expert's rows are all alike, so a process whose devices hold rows that do not lie side by side feeds as many that
+    do: `Layout.put_batch` puts them where its devices are.
+    """
+    where = NamedSharding(mesh, P("expert", ROWS)).devices_indices_map((experts, rows))
+    held: dict[int, set[tuple[int, int]]] = {}
+    for device, part in where.items():
+        first = tuple(cut.indices(size)[0] for cut, size in zip(part, (experts, rows)))
+        held.setdefault(device.process_index, set()).add(first)
+    each = experts // mesh.shape["expert"], rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    return _share(held, jax.process_index(), each)
+
+
+def _share(held: Mapping[int, set[tuple[int, int]]], own: int, each: tuple[int, int]) -> Share:
+    """The share of process `own`; `held`: where each process's parts begin (expert, row); `each`: how large one is."""
+    groups = {process: tuple(sorted({row for _, row in parts})) for process, parts in held.items()}
+    ordered = sorted(set(groups.values()))
+    experts = sorted({expert for expert, _ in held[own]})
+    apart = sum(map(len, ordered)) == len(set().union(*ordered)) and len(set(map(len, ordered))) == 1
+    aside = experts == list(range(experts[0], experts[-1] + 1, each[0]))
+    if not (apart and aside and len(held[own]) == len(experts) * len(groups[own])):
+        raise InputError(
+            "on this mesh the batches that the hosts feed overlap in part; change mesh.expert, mesh.data or mesh.fsdp "
+            "so that each is a multiple or a divisor of a host's devices"
+        )
+    count, place = len(groups[own]) * each[1], ordered.index(groups[own])
+    return Share(range(experts[0], experts[-1] + each[0]), range(place * count, (place + 1) * count))
 
 
 @dataclass(frozen=True)

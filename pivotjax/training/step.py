@@ -1,6 +1,5 @@
 """One training step of K experts over one frozen backbone: a pure function."""
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,7 +86,7 @@ def make_step(
         loss = nll * scale
         gradients = jax.tree.map(lambda g: g * _like(scale, g), gradients)
         norms = jax.vmap(optax.global_norm)(gradients)
-        alive, applied = _judged(config.guard, state, loss, norms)
+        alive, applied = judged(config.guard, state, loss, norms)
 
         def chosen(new, old):
             return jax.tree.map(lambda n, o: jnp.where(_like(applied, n), n, o), new, old)
@@ -119,7 +118,7 @@ def make_evaluation(
     return evaluate
 
 
-def _judged(guard: GuardConfig, state: TrainState, loss: jax.Array, norms: jax.Array) -> tuple[jax.Array, jax.Array]:
+def judged(guard: GuardConfig, state: TrainState, loss: jax.Array, norms: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Which experts live on, and which of them are updated in this step."""
     finite = jnp.isfinite(loss) & jnp.isfinite(norms)
     spike = (loss > guard.spike_factor * state.loss_average) & (state.step >= guard.spike_warmup)
@@ -158,7 +157,12 @@ def _parts(config: TrainingConfig, batch: Batch, layout: Layout | None) -> int:
     if _on_mesh(layout):
         sizes = layout.mesh.shape
         experts, rows = experts // sizes["expert"], rows // (sizes["data"] * sizes["fsdp"])
-    if experts * rows <= config.accumulate * (config.device_batch or sys.maxsize):
+    if rows % config.accumulate:
+        raise InputError(
+            f"an expert's {rows} rows on a device cannot be cut into training.accumulate = {config.accumulate} equal "
+            "parts; change it, the batch or the mesh"
+        )
+    if not config.device_batch:
         return config.accumulate
     divisors = (parts for parts in range(config.accumulate, rows + 1) if rows % parts == 0)
     return next((parts for parts in divisors if experts * rows <= parts * config.device_batch), rows)
@@ -166,12 +170,7 @@ def _parts(config: TrainingConfig, batch: Batch, layout: Layout | None) -> int:
 
 def _cut(batch: Batch, parts: int) -> Batch:
     """`[K, B, ...]` -> `[parts, K, B / parts, ...]`, each device's rows into as many parts."""
-    rows = batch["tokens"].shape[1]
-    if rows % parts:
-        raise InputError(f"{rows} samples cannot be cut into training.accumulate = {parts} equal parts; change one")
-    return {
-        name: jnp.moveaxis(a.reshape(a.shape[0], rows // parts, parts, *a.shape[2:]), 2, 0) for name, a in batch.items()
-    }
+    return {name: jnp.moveaxis(a.reshape(a.shape[0], -1, parts, *a.shape[2:]), 2, 0) for name, a in batch.items()}
 
 
 def _caption_tokens(batch: Batch) -> Float[Array, " K"]:

@@ -24,9 +24,7 @@ def reference(q, k, v, segments):
 @pytest.mark.parametrize("length, width, packed", [(20, 32, False), (150, 128, True)])
 def test_splash_is_attention(length, width, packed):
     rng = np.random.default_rng(0)
-    q, k, v, slope = (
-        jnp.asarray(rng.normal(size=(2, length, heads, width)), jnp.float32) for heads in (4, 2, 2, 4)
-    )
+    q, k, v, slope = (jnp.asarray(rng.normal(size=(2, length, heads, width)), jnp.float32) for heads in (4, 2, 2, 4))
     segments = np.sort(rng.integers(1, 4, (2, length)), axis=1) if packed else np.ones((2, length), int)
     given = jnp.asarray(segments, jnp.int32) if packed else None
 

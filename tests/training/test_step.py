@@ -1,12 +1,20 @@
 """The training step: experts apart though together, frozen weights frozen, no arithmetic that is not needed."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_backbone import CAPTION, CONFIG, FEATURE, PROMPT, VISUAL, build
 
-from pivotjax.models import projector
+from pivotjax.errors import InputError
+from pivotjax.models import projector, vision
+from pivotjax.models.language.decoder import NO_WINDOW
+from pivotjax.models.processors import Normalisation
+from pivotjax.models.vision import Features, VisionConfig
+from pivotjax.training.optimizer import GuardConfig
+from pivotjax.training.step import judged
 
 
 def run(tiny, state, batches):
@@ -116,13 +124,111 @@ def test_no_arithmetic_beyond_the_minimum(tiny, experts):
     assert vocabulary_rows == samples * CAPTION
 
 
-@pytest.mark.parametrize("remat", ["layers", "dots"])
-def test_remat_changes_memory_not_numbers(tiny, remat):
+def test_remat_changes_memory_not_numbers(tiny):
     batch = tiny.batch(0)
     plain, _ = jax.jit(tiny.step())(tiny.state(3), tiny.frozen, batch)
-    again, _ = jax.jit(tiny.step(remat=remat))(tiny.state(3), tiny.frozen, batch)
+    again, _ = jax.jit(tiny.step(remat="layers"))(tiny.state(3), tiny.frozen, batch)
     for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(again.params)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def same_step(tiny, batch, other, other_batch, tolerance=1e-6):
+    """Losses and updated parameters of two steps agree."""
+    (state, metrics), (other_state, other_metrics) = (
+        jax.jit(t.step())(t.state(3), t.frozen, b) for t, b in ((tiny, batch), (other, other_batch))
+    )
+    np.testing.assert_allclose(other_metrics.loss, metrics.loss, rtol=tolerance)
+    np.testing.assert_allclose(other_metrics.gradient_norm, metrics.gradient_norm, rtol=10 * tolerance)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(other_state.params)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=100 * tolerance)
+
+
+def test_micro_batches_change_no_number(tiny):
+    """Even where the parts have unequal numbers of caption tokens."""
+    batch = tiny.batch(0)
+    batch["weights"][:, ::2, 2:] = 0
+    same_step(tiny, batch, build(device_batch=6, loss_chunk=2), batch)
+
+
+def test_micro_batches_that_do_not_divide(tiny):
+    with pytest.raises(InputError, match=r"4 rows on a device cannot be cut into training.accumulate = 3"):
+        tiny.step(accumulate=3)(tiny.state(3), tiny.frozen, tiny.batch(0))
+
+
+def test_packed_rows_train_as_unpacked_ones():
+    """Two samples a row, apart by their segments; one layer sees all of a segment, the others a window of it."""
+    tiny = build(config=dataclasses.replace(CONFIG, windows=(3, NO_WINDOW, 4)))
+    same_step(tiny, tiny.batch(0, size=4), tiny, tiny.packed(0, size=2))
+
+
+def test_pictures_are_encoded_in_the_step(tiny):
+    """The same numbers as from features made before; one pass through the tower, none back."""
+    config = VisionConfig(8, 4, FEATURE, 2, 2, 16, "quick_gelu", 1e-5, has_class_token=True, pre_norm=True)
+    graphdef, shapes = vision.abstract(vision.FAMILIES["clip_vision_model"], config)
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(lambda s: jnp.asarray(rng.normal(scale=0.3, size=s.shape), jnp.float32), shapes)
+    pictures = rng.integers(0, 256, (3, 4, 1, 8, 8, 3)).astype(np.uint8)
+    how = (graphdef, Features(), Normalisation())
+
+    def features(weights, pictures):
+        flat = vision.visual_features(*how, weights, pictures.reshape(-1, 8, 8, 3))
+        return flat.reshape(3, 4, 1, VISUAL, FEATURE)
+
+    batch = tiny.batch(0) | {"features": np.asarray(features(weights, pictures))}
+    online = {name: a for name, a in batch.items() if name != "features"} | {"images": pictures}
+    seeing = tiny._replace(frozen=tiny.frozen | {"vision": weights}, sight=how)
+    same_step(tiny, batch, seeing, online)
+
+    def flops(function, *arguments):
+        return dot_flops(jax.make_jaxpr(function)(*arguments).jaxpr)[0]
+
+    state, tower = tiny.state(3), flops(features, weights, pictures)
+    assert tower > 0
+    whole = flops(seeing.step(), state, seeing.frozen, online)
+    assert whole == flops(tiny.step(), state, tiny.frozen, batch) + tower
+
+
+def test_an_update_may_be_skipped_where_nothing_is_finite(tiny):
+    batches = [tiny.batch(seed) for seed in range(5)]
+    without, _ = run(tiny, tiny.state(3), [batch for n, batch in enumerate(batches) if n != 2])
+    batches[2]["features"][1] = np.inf
+    patient = build(guard=GuardConfig(not_finite="skip"))
+    state, losses = run(patient, patient.state(3), batches)
+    assert not np.isfinite(losses[2, 1]) and np.asarray(state.alive).all()
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(without.params)):
+        np.testing.assert_array_equal(a[1], b[1])
+        assert np.abs(a[0] - b[0]).max() > 1e-6
+
+
+def test_a_loss_that_leaps():
+    """Expert 1's running mean is so low that any loss is a leap: after the warm-up it stays as it was."""
+    tiny = build(guard=GuardConfig(spike="skip", spike_warmup=1))
+    before = tiny.state(3)._replace(loss_average=jnp.array([4.0, 0.1, 4.0]))
+    step, batch = jax.jit(tiny.step()), tiny.batch(0)
+    _, early = step(before, tiny.frozen, batch)
+    assert early.applied.all()
+    state, metrics = step(before._replace(step=jnp.int32(1)), tiny.frozen, batch)
+    assert metrics.applied.tolist() == [True, False, True] and metrics.alive.all()
+    for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(state.params)):
+        np.testing.assert_array_equal(old[1], new[1])
+    assert (state.loss_average == before.loss_average).tolist() == [False, True, False]
+    assert np.abs(state.params["linear_0"]["kernel"][0] - before.params["linear_0"]["kernel"][0]).max() > 0
+
+
+@pytest.mark.parametrize(
+    "guard, alive, applied",
+    [
+        (GuardConfig(), [1, 0, 1], [1, 0, 1]),
+        (GuardConfig(not_finite="skip"), [1, 1, 1], [1, 0, 1]),
+        (GuardConfig(not_finite="abort", spike="skip"), [1, 1, 1], [1, 0, 0]),
+        (GuardConfig(spike="abort", spike_factor=5.0), [1, 0, 1], [1, 0, 1]),
+    ],
+)
+def test_what_the_guard_does(tiny, guard, alive, applied):
+    """Expert 1's gradient is not finite, expert 2's loss is four times its mean."""
+    state = tiny.state(3)._replace(step=jnp.int32(100), loss_average=jnp.ones(3))
+    found = judged(guard, state, jnp.array([1.0, 1.0, 4.0]), jnp.array([1.0, jnp.inf, 1.0]))
+    assert [a.astype(int).tolist() for a in found] == [alive, applied]
 
 
 def test_clipping_is_each_experts_own(tiny):

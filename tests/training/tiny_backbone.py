@@ -28,10 +28,11 @@ class Tiny(NamedTuple):
     w0: projector.Params
     training: TrainingConfig
     first_position: int = VISUAL + PROMPT - 1
+    sight: tuple = ()  # the encoder's part of the network, where batches bring images
 
     @property
     def network(self):
-        return Network(self.graphdef)
+        return Network(self.graphdef, *self.sight)
 
     def step(self, layout=None, **changes):
         return make_step(self.network, self.optimizer, dataclasses.replace(self.training, **changes), layout)
