@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 from tiny_backbone import build
 from tiny_feed import TinyFeed
 
@@ -50,6 +52,14 @@ def run(out, steps, mesh=(1, 1), index=0, what="", every=3, change=lambda step, 
         metrics=MetricsConfig(),
         folder=out,
     )
+
+
+def life(out, steps, every):
+    """A run, or what is left of it, that keeps its final parameters in `out/final.npz`."""
+    cli._quiet()
+    state = run(out, steps, every=every)
+    leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state.params)}
+    np.savez(out / "final.npz", **leaves)
 
 
 def main(out, steps, mesh, count, index, port, what=""):
