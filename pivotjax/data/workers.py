@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
-import numpy as np
 from absl import flags
 
+from pivotjax.data.shared import Receiver, Sent
 from pivotjax.errors import InputError
 from pivotjax.progress import say
 
 _THREADS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # whole batches read ahead in this process
 _IN_WORKER = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # a worker makes one batch at a time ...
-_AHEAD = 2  # ... and has so many ready, in shared memory: what arrives is copied, so that nothing of it stays there
+_AHEAD = 2  # ... and has so many ready
 _RESTARTS = 3  # times that workers are replaced within a run
 _DIED = "Worker process was terminated unexpectedly"  # how grain's error begins
 
@@ -45,7 +45,7 @@ class Ahead(Iterator[Any]):
             try:
                 batch = next(self._iterator)
                 self._step += 1
-                return batch if not self._workers else {key: np.array(value) for key, value in batch.items()}
+                return self._receiver.open(batch) if self._workers else batch
             except RuntimeError as error:
                 if not str(error).startswith(_DIED):
                     raise
@@ -62,11 +62,12 @@ class Ahead(Iterator[Any]):
         self.close()
 
     def _start(self) -> None:
-        self._iterator = self._made_iterator()
-        self._closing = weakref.finalize(self, self._iterator.close)  # at the interpreter's end, too
+        self._iterator, self._receiver = self._made_iterator(), Receiver()
+        self._closing = weakref.finalize(self, _close, self._iterator, self._receiver)  # at the interpreter's end, too
 
     def _made_iterator(self) -> grain.DatasetIterator:
-        due = grain.MapDataset.source(self._batches)[self._step :]
+        source = Sent(self._batches) if self._workers else self._batches
+        due = grain.MapDataset.source(source)[self._step :]
         if not self._workers:
             return iter(due.to_iter_dataset(_THREADS))
         if not flags.FLAGS.is_parsed():
@@ -85,6 +86,11 @@ class Ahead(Iterator[Any]):
             )
         say(f"an input worker died {how} at step {self._step}; starting the workers again")
         self._start()
+
+
+def _close(iterator: grain.DatasetIterator, receiver: Receiver) -> None:
+    iterator.close()
+    receiver.close()
 
 
 def _prepare_worker(index: int, count: int) -> None:
