@@ -32,16 +32,17 @@ MOST_BYTES = 1 << 27  # of an image file
 
 # Those that pictures on the web have. Others stay closed: Pillow would give PostScript to another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
+_LONGEST_DETAIL = 300  # characters
 _UNSCALED = ("I", "F")  # modes without a known range: no rule makes them RGB
 _SILENT = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # a filter as the warnings module keeps it
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used. `reason` is one of `REASONS`; `detail` says which sample, and more."""
+    """A sample that cannot be used. `reason` is one of `REASONS`; `detail` says in one line which sample, and more."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, " ".join(detail.split())[:_LONGEST_DETAIL]
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
@@ -85,7 +86,7 @@ def decode_noted(
     except Image.DecompressionBombError as error:
         raise BadSample("decompression bomb", f"{item.key}: {error}") from error
     except Exception as error:  # Pillow's decoders meet broken bytes with nearly every exception that Python has
-        raise BadSample("corrupt image", f"{item.key}: {_line(error)}") from error
+        raise BadSample("corrupt image", f"{item.key}: {error or type(error).__name__}") from error
 
 
 def _decoded(item: Item, size: int, fit: Processor | None, non_rgb: str) -> Decoded:
@@ -127,7 +128,3 @@ def _hush() -> None:
     """Pillow's warnings go nowhere: `BadSample` says it. `catch_warnings` is not for threads, hence a filter."""
     if warnings.filters[:1] != [_SILENT]:
         warnings.filterwarnings("ignore", module=_SILENT[3].pattern)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).replace("\n", " ") or type(error).__name__)[:200]

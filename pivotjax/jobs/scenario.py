@@ -24,6 +24,8 @@ from pivotjax.data.scenarios.splits import SplitsConfig
 from pivotjax.errors import InputError
 from pivotjax.jobs import assemble, output
 from pivotjax.progress import say
+from pivotjax.training import hosts
+from pivotjax.training.hosts import HostsConfig
 
 _NAME = re.compile(r"[\w-][\w.-]*")
 _LARGE = 0.01  # share of the samples above which one group of near-duplicates is worth a word
@@ -45,6 +47,8 @@ class ScenarioConfig:
     """Seed of all that is random."""
     workers: int = 0
     """Threads that read and decode; 0: one a core."""
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+    """Processes that share the reading; all have to see the cache."""
     cache: Path | None = None
     """Folder for downloads, indices and embeddings (default: $PIVOTJAX_CACHE, else ~/.cache/pivotjax)."""
 
@@ -57,10 +61,15 @@ def main(args: Sequence[str]) -> None:
 def run(config: ScenarioConfig) -> Path:
     """Writes the scenario into `config.out`, whole or not at all, and returns that.
 
-    On several hosts each reads its share of the corpora; all have to see the cache. The first clusters and writes.
+    On several hosts each reads its share of the corpora; the first clusters and writes.
     """
     if not config.corpora:
         raise InputError("the recipe names no corpora; add `corpora: {NAME: {format: ..., path: ...}}`")
+    with hosts.joined(config.hosts):
+        return _run(config)
+
+
+def _run(config: ScenarioConfig) -> Path:
     cache = assets.cache_folder(config.cache)
     pool = Pool({name: open_corpus(corpus, cache) for name, corpus in config.corpora.items()})
     if _is_there(config, pool):
@@ -144,7 +153,7 @@ def _write(config: ScenarioConfig, pool: Pool, about: dict[str, Any], indices, k
 
 def _recipe(config: ScenarioConfig) -> dict[str, Any]:
     """What decides the scenario: not where it lies, nor how fast it was made."""
-    left_out = ("out", "cache", "workers")
+    left_out = ("out", "cache", "workers", "hosts")
     return {name: value for name, value in configs.resolved(config).items() if name not in left_out}
 
 

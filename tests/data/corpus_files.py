@@ -2,7 +2,9 @@
 
 import io
 import json
+import struct
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,13 @@ def encoded(image: Image.Image, form: str = "JPEG", **options) -> bytes:
     out = io.BytesIO()
     image.save(out, form, **options)
     return out.getvalue()
+
+
+def png_that_says(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header names another size."""
+    data = encoded(Image.new("RGB", (20, 20)), "PNG")
+    size = struct.pack(">II", width, height) + data[24:29]
+    return data[:16] + size + struct.pack(">I", zlib.crc32(b"IHDR" + size)) + data[33:]
 
 
 def noise(height: int = 24, width: int = 32, seed: int = 0) -> Image.Image:

@@ -115,7 +115,7 @@ def test_ways_to_name_the_shards(tmp_path, path):
 class Bucket(MemoryFileSystem):
     """A bucket in memory, by the names that gcsfs has for its files."""
 
-    protocol, root_marker, store, pseudo_dirs = ("gs", "gcs"), "", {}, [""]  # noqa: RUF012
+    protocol, root_marker, store, pseudo_dirs = ("gs", "gcs"), "", {}, [""]
 
     @classmethod
     def _strip_protocol(cls, path):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from etils import epath
 
 from pivotjax.data import concepts
+from pivotjax.data.corpora import opened
 from pivotjax.data.decode import BadSample
 from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
@@ -112,10 +113,18 @@ def find_files(path: str, suffixes: Sequence[str], what: str) -> list[str]:
 
 
 def _matching(path: str, suffixes: Sequence[str]) -> list[str]:
+    if any(letter in path for letter in "*?[") and not opened.is_remote(path):
+        return sorted(glob.glob(path))  # of epath only the last part may be a pattern
+    try:
+        with opened.plain_errors(path):
+            return _looked_up(path, suffixes)
+    except (OSError, ValueError) as error:  # a list that is no text is a ValueError
+        raise InputError(f"cannot look into {path}: {opened.why(error)}; check the path and its permissions") from error
+
+
+def _looked_up(path: str, suffixes: Sequence[str]) -> list[str]:
     place = epath.Path(path)
     if any(letter in path for letter in "*?["):
-        if "://" not in path:
-            return sorted(glob.glob(path))
         folder, _, pattern = path.rpartition("/")
         return sorted(os.fspath(file) for file in epath.Path(folder).glob(pattern))
     if path.endswith(".txt") and place.is_file():
@@ -168,13 +177,17 @@ def survey(files: Sequence[str], look: Callable[[str], T], config: CorpusConfig)
     """
     found: dict[str, T] = {}
     failed: list[str] = []
-    with ThreadPoolExecutor(_THREADS) as pool, Bar(len(files), f"open {config.format}", unit="file") as bar:
-        for file, looked in zip(files, pool.map(partial(_looked, look), files)):
-            if isinstance(looked, OSError):
-                failed.append(f"{file}: {looked.strerror or str(looked) or type(looked).__name__}".replace("\n", " "))
-            else:
-                found[file] = looked
-            bar.update()
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        with Bar(len(files), f"open {config.format}", unit="file") as bar:
+            for file, looked in zip(files, pool.map(partial(_looked, look), files)):
+                if isinstance(looked, OSError):
+                    failed.append(f"{file}: {opened.why(looked)}")
+                else:
+                    found[file] = looked
+                bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
     if failed and not found:
         raise InputError(f"no file of {config.path} can be read ({failed[0]}); check the path and the files")
     if failed:

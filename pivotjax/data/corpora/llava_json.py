@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from pivotjax.data.corpora import base
-from pivotjax.data.corpora.opened import is_remote, open_ranges, stamp
+from pivotjax.data.corpora.opened import is_remote, open_ranges, open_stream, stamp, why
 from pivotjax.data.corpora.tables import Table, write_column, write_texts
 from pivotjax.data.decode import MOST_BYTES, REASONS, BadSample
 from pivotjax.data.sources.base import Item
@@ -56,17 +55,17 @@ class LlavaJson:
 
     def _image(self, name: str, key: str) -> bytes:
         path = os.path.join(self.folder, name)
-        if os.path.isabs(name) or not _inside(path, self.folder):
-            raise BadSample("missing image", f"{key}: {name!r} leads out of {self.folder}")
         try:
+            if os.path.isabs(name) or not _inside(path, self.folder):
+                raise BadSample("missing image", f"{key}: {name!r} leads out of {self.folder}")
             size, _ = stamp(path)
             if size > MOST_BYTES:
                 raise BadSample("absurd size", f"{path} has {size} bytes")
             return open_ranges(path).read(0, size)
+        except BadSample:
+            raise
         except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-            if isinstance(error, BadSample):
-                raise
-            raise BadSample("missing image", f"{path}: {getattr(error, 'strerror', None) or error}") from error
+            raise BadSample("missing image", f"{path}: {why(error)}") from error
 
 
 def _inside(path: str, folder: str) -> bool:
@@ -77,19 +76,20 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def _open(config: base.CorpusConfig, cache: Path) -> LlavaJson:
-    folder = config.images or os.path.dirname(config.path)
-    if not epath.Path(folder or ".").is_dir():
-        raise InputError(f"there is no folder of pictures at {folder}; give it as `images` (unpack images.zip first)")
+    folder = config.images or os.path.dirname(config.path) or "."
     try:
-        data = epath.Path(config.path).read_bytes()
+        with open_stream(config.path) as file:
+            data = file.read()
     except OSError as error:
-        raise InputError(f"cannot read {config.path}: {error.strerror or error}; give LLaVA's JSON file") from error
+        raise InputError(f"cannot read {config.path}: {why(error)}; give LLaVA's JSON file") from error
+    if not is_remote(folder) and not os.path.isdir(folder):
+        raise InputError(f"there is no folder of pictures at {folder}; give it as `images` (unpack images.zip first)")
     speaker = config.caption or _SPEAKER
     identity = base.identity(config, [_INDEX, hashlib.sha256(data).hexdigest()])
     path = cache / "corpora" / f"llava-{identity[:32]}"
     if not path.is_dir():
         _write_table(path, _entries(data, config.path), speaker)
-    return LlavaJson(folder or ".", Table(path), identity, {})
+    return LlavaJson(folder, Table(path), identity, {})
 
 
 def _entries(data: bytes, where: str) -> list:

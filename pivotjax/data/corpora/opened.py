@@ -1,10 +1,11 @@
 """Files kept open: as many as last used, in each process its own, usable from several threads."""
 
+import contextlib
 import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, Generic, TypeVar
 
 import fsspec
@@ -58,14 +59,13 @@ class RemoteFile:
     """Ranges of a file in a bucket, a request each; OSError where it cannot be read."""
 
     def __init__(self, path: str):
-        self._system, self._path = _remote(path)
+        with plain_errors(path):
+            self._system, self._path = fsspec.core.url_to_fs(path)
 
     def read(self, start: int, size: int) -> bytes:
         """`size` bytes from `start` on; fewer where the file ends."""
-        try:
+        with plain_errors(self._path):
             return self._system.cat_file(self._path, start=start, end=start + size)
-        except Exception as error:  # every bucket's client has errors of its own
-            raise _as_os_error(error) from error
 
 
 def is_remote(path: str) -> bool:
@@ -82,11 +82,9 @@ def open_stream(path: str) -> BinaryIO:
     """For reading on, with jumps ahead."""
     if not is_remote(path):
         return open(path, "rb")
-    system, inside = _remote(path)
-    try:
+    with plain_errors(path):
+        system, inside = fsspec.core.url_to_fs(path)
         return system.open(inside, "rb")
-    except Exception as error:
-        raise _as_os_error(error) from error
 
 
 def stamp(path: str) -> tuple[int, str]:
@@ -96,21 +94,26 @@ def stamp(path: str) -> tuple[int, str]:
         if not stat.S_ISREG(about.st_mode):
             raise OSError("not a file")
         return about.st_size, str(about.st_mtime_ns)
-    system, inside = _remote(path)
-    try:
+    with plain_errors(path):
+        system, inside = fsspec.core.url_to_fs(path)
         about = system.info(inside)
-    except Exception as error:
-        raise _as_os_error(error) from error
     version = next((about[key] for key in ("generation", "etag", "updated", "mtime", "created") if key in about), "")
     return int(about["size"]), str(version)
 
 
-def _remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+@contextlib.contextmanager
+def plain_errors(path: str) -> Iterator[None]:
+    """OSError for whatever a bucket's client raises; InputError where there is none."""
     try:
-        return fsspec.core.url_to_fs(path)
+        yield
     except ImportError as error:
         raise InputError(f'reading {path} needs gcsfs: pip install "pivotjax[gcs]"') from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # every client has errors of its own
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def _as_os_error(error: Exception) -> OSError:
-    return error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}"[:200])
+def why(error: Exception) -> str:
+    """An error in one line; the operating system's without their number."""
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:200]

@@ -87,7 +87,7 @@ class ParquetCorpus:
         try:
             return kept.get(file, group, column)[row].as_py()
         except (OSError, ValueError, IndexError) as error:  # pyarrow's errors are these
-            raise BadSample("unreadable shard", f"row group {group} of {file}: {error}"[:300]) from error
+            raise BadSample("unreadable shard", f"row group {group} of {file}: {error}") from error
 
 
 class _File:
@@ -114,7 +114,7 @@ def _parquet(path: str):
     try:
         return parquet.ParquetFile(open_stream(path)) if is_remote(path) else parquet.ParquetFile(path, memory_map=True)
     except ValueError as error:  # ArrowInvalid
-        raise OSError(f"not a whole parquet file: {error}"[:200]) from error
+        raise OSError(f"not a whole parquet file: {error}") from error
 
 
 def _look(path: str) -> _Shape:

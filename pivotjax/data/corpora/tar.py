@@ -37,7 +37,7 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
         file.seek(at)
         header = file.read(_BLOCK)
         if len(header) < _BLOCK:
-            raise CutShort(f"it ends at byte {at} without an end mark")
+            raise CutShort(f"it ends at byte {min(at, length)} without an end mark")
         if not any(header):
             return
         kind = header[156:157]

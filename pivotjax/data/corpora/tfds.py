@@ -57,9 +57,9 @@ class TfdsCorpus:
             key = record.get("key")
             return key.decode("utf-8", "replace") if isinstance(key, bytes) else where, record
         except (RuntimeError, OSError) as error:  # the reader's
-            raise BadSample("unreadable shard", f"{where}: {error}"[:300]) from error
+            raise BadSample("unreadable shard", f"{where}: {error}") from error
         except Exception as error:  # the parser of tf.Example has as many kinds as there are ways to be none
-            raise BadSample("broken record", f"{where}: {error}"[:300]) from error
+            raise BadSample("broken record", f"{where}: {error}") from error
 
     def __reduce__(self):
         fields = (self.folder, self.split, self.image, self.caption_field, self.identity, self.lost)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pivotjax.data.corpora import base, tar
-from pivotjax.data.corpora.opened import LocalFile, Opened, RemoteFile, open_ranges, open_stream, stamp
+from pivotjax.data.corpora.opened import LocalFile, Opened, RemoteFile, open_ranges, open_stream, stamp, why
 from pivotjax.data.corpora.tables import Table, write_column
 from pivotjax.data.decode import MOST_BYTES, BadSample
 from pivotjax.data.sources.base import Item
@@ -79,7 +79,7 @@ class WebDataset:
         try:
             data = self.files.get(shard).read(int(self.table[part][row]), size)
         except OSError as error:
-            raise BadSample("unreadable shard", f"{shard}: {error.strerror or error}") from error
+            raise BadSample("unreadable shard", f"{shard}: {why(error)}") from error
         if len(data) < size:
             raise BadSample("unreadable shard", f"{shard} has become shorter")
         return data
@@ -137,8 +137,7 @@ def _indexed(path: str, extension: str, folder: Path) -> _Shard:
     except OSError as error:
         if not index.is_file():
             raise
-        why = f"it cannot be read now: {error.strerror or error}"
-        return _load(index)._replace(problem=why)
+        return _load(index)._replace(problem=f"it cannot be read now: {why(error)}")
     now = f"{size} {version}"
     if index.is_file() and (known := _load(index)).stamp == now:
         return known

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Int8, UInt8
 
 from pivotjax.data.decode import REASONS, BadSample, decode
-from pivotjax.data.scenarios import hashing
+from pivotjax.data.scenarios import arrays, hashing
 from pivotjax.data.scenarios.pool import Pool
 from pivotjax.errors import InputError
 from pivotjax.files import atomic_path
@@ -132,11 +132,8 @@ def scan(pool: Pool, columns: Sequence[Column], folder: Path, workers: int = 0) 
         if (todo := [c for c in columns if not (stored[c.name].folder / f"{number}.npy").exists()])
     ]
     mine = [(number, todo) for number, todo in missing if number % jax.process_count() == jax.process_index()]
-    with ThreadPoolExecutor(workers or os.cpu_count()) as threads, Bar(_samples(mine, pool), "scan", "sample") as bar:
-        for number, todo in mine:
-            block = range(number * BLOCK, min((number + 1) * BLOCK, len(pool)))
-            for name, values in _block(pool, todo, block, side, threads, bar).items():
-                _write(stored[name].folder / f"{number}.npy", values)
+    if mine:
+        _compute(pool, mine, stored, side, workers)
     _meet(stored, missing)
     return stored
 
@@ -145,6 +142,16 @@ def bad(reasons: Int8[np.ndarray, " N"]) -> dict[str, int]:
     """How many samples are bad, by reason."""
     counts = np.bincount(reasons[reasons != GOOD], minlength=len(REASONS))
     return {reason: int(count) for reason, count in zip(REASONS, counts) if count}
+
+
+def _compute(
+    pool: Pool, blocks: list[tuple[int, list[Column]]], stored: dict[str, Stored], side: int, workers: int
+) -> None:
+    with ThreadPoolExecutor(workers or os.cpu_count()) as threads, Bar(_samples(blocks, pool), "scan", "sample") as bar:
+        for number, todo in blocks:
+            samples = range(number * BLOCK, min((number + 1) * BLOCK, len(pool)))
+            for name, values in _block(pool, todo, samples, side, threads, bar).items():
+                _write(stored[name].folder / f"{number}.npy", values)
 
 
 def _block(
@@ -189,8 +196,8 @@ def _rows(samples: list[tuple[str, str, int, np.ndarray | None]], size: int, sid
 
 
 def _write(path: Path, values: np.ndarray) -> None:
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, values)
+    with atomic_path(path) as temporary:
+        arrays.save(temporary, values)
 
 
 def _meet(stored: dict[str, Stored], missing: list[tuple[int, list[Column]]]) -> None:
@@ -217,5 +224,5 @@ def _blocks(count: int) -> int:
 
 def _name(pool: Pool, column: Column, side: int) -> str:
     seen = side if column.pixels or column is REASON else 0
-    text = f"{_FORMAT} {pool.identity} {column.name} {column.identity} {seen}"
+    text = f"{_FORMAT} {BLOCK} {pool.identity} {column.name} {column.identity} {seen}"
     return f"{column.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

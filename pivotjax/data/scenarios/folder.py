@@ -15,6 +15,7 @@ from pivotjax import files
 from pivotjax.data import assets
 from pivotjax.data.corpora import CorpusConfig, open_corpus
 from pivotjax.data.domains import SPLITS, Split
+from pivotjax.data.scenarios import arrays
 from pivotjax.data.scenarios.pool import Pool
 from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
@@ -93,7 +94,7 @@ def write_indices(folder: Path, domains: Mapping[str, Mapping[Split, Int64[np.nd
         facts[name] = {}
         for split in SPLITS:
             file = _file(folder, name, split)
-            np.save(file, np.asarray(splits[split], "<i8"))
+            arrays.save(file, np.asarray(splits[split], "<i8"))
             facts[name][split] = {"count": len(splits[split]), "sha256": files.sha256(file)}
     return facts
 
