@@ -29,6 +29,10 @@ CASES = {
 }
 EVALUATED = ["one device", "everything", "pmap"]
 
+# Compiled without the optimisations that take longest: these are tiny programs.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS += " --xla_llvm_disable_expensive_passes=true"
+
 SCRIPT = f"""
 import json
 import jax, numpy as np
@@ -66,8 +70,7 @@ def go(name, sizes, options):
         "programs": step._cache_size() if where.parallel == "jit" else 1,
     }}
 
-def splash_apart():
-    """How far the kernel on a mesh is from the kernel on one device, experts mapped over both."""
+def splash_apart():  # how far the kernel on a mesh is from the kernel on one device, experts mapped over both
     mesh = make_mesh(MeshConfig(2, 1, 2, 2), 2, 2)
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 2, 12, heads, 8)), jnp.float32) for heads in (4, 2, 2))
@@ -90,7 +93,7 @@ print(json.dumps(found | {{"splash": splash_apart()}}, default=float))
 @pytest.fixture(scope="module")
 def runs():
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true", "PYTHONPATH": path}
+    environment = os.environ | {"XLA_FLAGS": FLAGS, "PYTHONPATH": path}
     ended = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)
