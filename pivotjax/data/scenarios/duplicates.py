@@ -10,8 +10,8 @@ a pair has two in common, so that all are met (Manku, Jain and Das Sarma 2007).
 
 Groups are what union-find makes of the pairs: of a chain of near-duplicates all stay together.
 
-Memory: 8 bytes a sample for the groups, 40 while a band is sorted, and 20 more for images; 0.8 GB for 12 million
-samples. The MinHashes stay on disk. Of samples with one band in common each is compared with its next 2,048.
+Memory: 100 bytes a sample, 1.2 GB for 12 million; the MinHashes (256 bytes a sample) stay on disk. Of samples that have
+one band or two pieces in common each is compared with its next 2,048.
 """
 
 import re
