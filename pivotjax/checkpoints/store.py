@@ -28,12 +28,26 @@ class Projector(NamedTuple):
 def save_projector(path: Path, params: projector.Params, info: dict[str, Any]) -> None:
     """Writes one projector as an Orbax checkpoint folder, whole or not at all, replacing what was there.
 
-    `info` (JSON) travels in the checkpoint's metadata; `format` and the parameters' `fingerprint` are added.
+    `info` (JSON) travels in the checkpoint's metadata; `format` and the parameters' `fingerprint` are added. Of several
+    processes the one that calls it writes; parameters are on its host.
     """
     info = {"format": FORMAT, "fingerprint": projector.fingerprint(params)} | info
-    with disk_errors(path), files.atomic_path(path) as temporary:
+    with disk_errors(path), files.atomic_path(path) as temporary, _by_this_process_alone():
         ocp.save(temporary.absolute(), params, custom_metadata=info)
         note_sizes(temporary)
+
+
+@contextlib.contextmanager
+def _by_this_process_alone() -> Iterator[None]:
+    """Orbax as in a run of one process: of several, each would wait for the others to save the same.
+
+    Its option `active_processes` is for this, but a save compares paths with all processes whatever that says (0.12).
+    """
+    count, jax.process_count = jax.process_count, lambda: 1
+    try:
+        yield
+    finally:
+        jax.process_count = count
 
 
 def is_orbax(path: Path) -> bool:

@@ -15,6 +15,7 @@ from PIL import Image
 from pivotjax import config as configs
 from pivotjax import files
 from pivotjax.checkpoints import torch_bridge
+from pivotjax.checkpoints.training import CheckpointConfig
 from pivotjax.data import assets, images
 from pivotjax.data.sources import source
 from pivotjax.errors import InputError
@@ -26,7 +27,7 @@ from pivotjax.jobs.evaluate import MeasureConfig
 from pivotjax.jobs.pretrain import PretrainConfig
 from pivotjax.models import projector
 from pivotjax.progress import say
-from pivotjax.training.loop import CheckpointConfig, read_metrics
+from pivotjax.training.metrics import read_metrics
 from pivotjax.training.optimizer import TrainingConfig
 
 

@@ -14,10 +14,11 @@ import numpy as np
 from pivotjax import config as configs
 from pivotjax import files
 from pivotjax.data import assets
-from pivotjax.data.sources import source
+from pivotjax.data.sources import SOURCES
 from pivotjax.errors import InputError
 from pivotjax.evaluation import metrics, report, runner
 from pivotjax.evaluation.metrics import Outcome
+from pivotjax.evaluation.runner import HERE, Spread
 from pivotjax.evaluation.tasks import TestSet
 from pivotjax.jobs import assemble, output
 from pivotjax.jobs.merge import check_siblings
@@ -95,8 +96,9 @@ def measure(
     params: Mapping[str, projector.Params],
     domains: Mapping[str, assemble.Domain],
     config: MeasureConfig,
+    spread: Spread = HERE,
 ) -> dict[str, Outcome]:
-    """Every projector on every domain's test split."""
+    """Every projector on every domain's test split, by the devices of `spread`."""
     return runner.evaluate(
         frozen.language,
         frozen.language.params,
@@ -106,13 +108,14 @@ def measure(
         choices=config.choices,
         control_items=config.control_items,
         seed=config.seed,
+        spread=spread,
     )
 
 
 def test_set(domain: assemble.Domain) -> TestSet:
     """A domain's test split; closed domains bring all captions that occur in them."""
     answers = None
-    if source(domain.name).closed_captions:
+    if domain.name in SOURCES and SOURCES[domain.name].closed_captions:
         train = domain.splits["train"]
         answers = sorted({train[i]["caption"] for i in range(len(train))})
     test = domain.splits["test"]
@@ -152,8 +155,8 @@ def describe_domains(
             "role": "trained" if name in trained else "unseen",
             **{split: len(samples) for split, samples in domain.splits.items()},
             "choices": outcomes[name].choices,
-            "licence": source(name).licence,
-            "attribution": source(name).attribution,
+            "licence": SOURCES[name].licence if name in SOURCES else "the corpus's own",
+            "attribution": SOURCES[name].attribution if name in SOURCES else "",
             "dropped": domain.dropped,
         }
         for name, domain in domains.items()

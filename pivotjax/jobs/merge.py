@@ -184,7 +184,7 @@ def _merge_projectors(config: MergeConfig, plan: MergeRecipe, inputs: Opened, fo
         save_projector(folder, result, _title(experts), base, experts)
     else:
         names = inputs.donor.checkpoint.specs if inputs.donor.checkpoint else None
-        info = _info(result, _title(experts), base, experts)
+        info = info_of(result, _title(experts), base, experts)
         torch_bridge.save_torch(folder / "mm_projector.safetensors", result.params, info, names)
         notes += folders.copy_small_files(inputs.donor.path, folder, plan.dtype)
     return report
@@ -314,12 +314,12 @@ def save_projector(
     out: Path, result: Merge, name: str, base: store.Projector | None, experts: Mapping[str, store.Projector]
 ) -> None:
     """The merged projector as Orbax checkpoint and torch safetensors."""
-    info = _info(result, name, base, experts)
+    info = info_of(result, name, base, experts)
     store.save_projector(out / "projector", result.params, info)
     torch_bridge.save_torch(out / "mm_projector.safetensors", result.params, info)
 
 
-def _info(
+def info_of(
     result: Merge, name: str, base: store.Projector | None, experts: Mapping[str, store.Projector]
 ) -> dict[str, Any]:
     """What travels with a merged projector."""

@@ -1,7 +1,6 @@
 """`pivotjax pretrain` with tiny CLIP and SigLIP towers from their Hugging Face folders, and what comes after it."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pivotjax.checkpoints import store
+from pivotjax.checkpoints.training import CheckpointConfig
 from pivotjax.data.features import FeatureSource
 from pivotjax.data.images import render
 from pivotjax.data.sources import SOURCES, Item, Source
@@ -19,7 +19,7 @@ from pivotjax.jobs import assemble, generate
 from pivotjax.jobs.assemble import DataConfig, ModelConfig
 from pivotjax.jobs.pretrain import PretrainConfig, run
 from pivotjax.models.projector import ProjectorConfig
-from pivotjax.training.loop import CheckpointConfig, read_metrics
+from pivotjax.training.metrics import read_metrics
 from pivotjax.training.optimizer import TrainingConfig
 
 SIDE = 18  # no multiple of the patch
@@ -161,4 +161,4 @@ def test_choices_that_do_not_fit_the_tower(world):
         ): "16 tokens are no square grid with a side that 3 divides",
     }.items():
         with pytest.raises(InputError, match=message):
-            assemble.load_frozen(model, "a", 4, Path(world / "cache"))
+            assemble.load_frozen(model, DataConfig(prompt="a", max_caption=4), world / "cache")

@@ -1,0 +1,145 @@
+"""`pivotjax pipeline` on one device, on 8, and on 2 processes of 2 devices: the same projectors, merges and numbers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from test_pretrain_towers import COLOURS, make_language, make_tower
+
+from pivotjax.checkpoints import store
+from pivotjax.errors import InputError
+from pivotjax.jobs.pipeline import PipelineConfig
+from pivotjax.merging import merge
+
+ROOT = Path(__file__).parents[2]
+RUNS = {  # processes, devices of each, mesh
+    "one": (1, 1, {}),
+    "eight": (1, 8, {"expert": 2, "data": 2, "fsdp": 2}),
+    "two": (2, 2, {"expert": 2, "data": 2}),
+}
+MERGES = {"average": {"method": "average"}, "ties": {"method": "ties", "density": 0.3}, "pivot": {"method": "pivot"},
+          "regmean": {"method": "regmean", "calibrated": True}}  # fmt: skip
+
+
+def corpus(folder, seed):
+    """Pictures in LLaVA's JSON, plain ones of six colours."""
+    rng, rows = np.random.default_rng(seed), []
+    folder.mkdir()
+    for number in range(60):
+        colour = COLOURS[rng.integers(len(COLOURS))]
+        Image.new("RGB", (20 + number, 30), colour).save(folder / f"{number}.png")
+        said = [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": f"a {colour} picture"}]
+        rows.append({"id": f"{seed}-{number}", "image": f"{number}.png", "conversations": said})
+    (folder / "captions.json").write_text(json.dumps(rows))
+    return {"format": "llava_json", "path": str(folder / "captions.json"), "images": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_language(folder / "language")
+    make_tower("clip", folder / "vision")
+    recipe = {
+        "model": {"vision": str(folder / "vision"), "language": str(folder / "language")},
+        "data": {"corpora": {name: corpus(folder / name, seed) for seed, name in enumerate(("left", "right"))},
+                 "prompt": "a", "max_caption": 4, "features": "online", "calibration": 8, "test": 10},
+        "training": {"steps": 6, "batch": 4, "learning_rate": 0.01, "log_every": 1},
+        "checkpoints": {"every_steps": 3},
+        "merges": MERGES, "export": "pivot",
+        "measure": {"choices": 3, "control_items": 4, "resamples": 50},
+        "cache": str(folder / "cache"),
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def start(world, name):
+    """Runs the command in all its processes."""
+    count, devices, mesh = RUNS[name]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = ["pipeline", world / "recipe.yaml", "--out", world / name]
+    args += [word for axis, size in mesh.items() for word in (f"--mesh.{axis}", size)]
+    hosts = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", count] if count > 1 else []
+    commands = [[*args, *hosts, *(["--hosts.index", index] if hosts else [])] for index in range(count)]
+    processes = [
+        subprocess.Popen([sys.executable, "-m", "pivotjax.cli", *map(str, command)], env=env, stderr=subprocess.PIPE,
+                         text=True) for command in commands
+    ]  # fmt: skip
+    said = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(said)
+    return said
+
+
+@pytest.fixture(scope="module")
+def said(world):
+    return {name: start(world, name) for name in RUNS}
+
+
+def projectors(folder):
+    names = [f"projectors/{name}" for name in ("w0", "left", "right")] + [f"merges/{name}/projector" for name in MERGES]
+    return {name: store.load_projector(folder / name).params for name in names}
+
+
+def flat(params):
+    return np.concatenate([np.ravel(leaf) for layer in params.values() for leaf in layer.values()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eight", "two"])
+def test_any_devices_give_the_same_projectors_and_numbers(world, said, name):
+    here, there = projectors(world / "one"), projectors(world / name)
+    for what in here:
+        moved = np.abs(flat(here[what]) - flat(here["projectors/w0"])).max()
+        assert moved > 1e-3 or what.endswith("w0")
+        # TIES cuts at a rank: a rounding may put one entry on the other side of it.
+        error = np.abs(flat(here[what]) - flat(there[what])) / max(moved, 1)
+        assert (error > 1e-4).mean() < (0.002 if "ties" in what else 1e-9), what
+    reports = [json.loads((world / run / "report.json").read_text()) for run in ("one", name)]
+    losses = [{p["name"]: p["domains"] for p in report["projectors"]} for report in reports] if isinstance(
+        reports[0]["projectors"], list) else [report["projectors"] for report in reports]  # fmt: skip
+    assert losses[0].keys() == losses[1].keys() == {"w0", "expert:left", "expert:right", *MERGES}
+
+
+@pytest.mark.slow
+def test_a_merge_on_devices_is_the_merge_of_what_was_saved(world, said):
+    found = projectors(world / "eight")
+    experts = {name: found[f"projectors/{name}"] for name in ("left", "right")}
+    for name, plan in MERGES.items():
+        options = {key: value for key, value in plan.items() if key not in ("method", "calibrated")}
+        if not plan.get("calibrated"):
+            alone = merge(found["projectors/w0"], experts, plan["method"], **options).params
+            np.testing.assert_allclose(flat(found[f"merges/{name}/projector"]), flat(alone), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_only_the_first_process_speaks_and_everything_is_written(world, said):
+    assert "merging: pivot" in said["two"][0] and "merging" not in said["two"][1]
+    for name in RUNS:
+        held = {str(path.relative_to(world / name)) for path in (world / name).rglob("*") if path.is_file()}
+        assert {"report.html", "report.json", "export/mm_projector.safetensors", "metrics.jsonl"} <= held
+        report = json.loads((world / name / "merges" / "pivot" / "merge_report.json").read_text())
+        assert report["method"] == "pivot" and report["experts"] == ["left", "right"]
+        assert all(np.isfinite(norm) for norm in report["layers"]["linear_0"]["update_norms"].values())
+
+
+def test_what_cannot_be_merged_is_refused():
+    with pytest.raises(InputError, match="joint"):
+        PipelineConfig(Path("x"), joint=True)
+    with pytest.raises(InputError, match="method"):
+        PipelineConfig(Path("x"), merges={"pivot": {}})
+    with pytest.raises(InputError, match="unknown merge method"):
+        PipelineConfig(Path("x"), merges={"pivot": {"method": "pivott"}})
+    with pytest.raises(InputError, match="export"):
+        PipelineConfig(Path("x"), export="mean")
