@@ -170,6 +170,10 @@ def test_warnings_are_silent_in_threads_too(recwarn):
         encoded(palette, "PNG", transparency=bytes(range(256))),
         encoded(noise(), exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff"),
     ]
+    large = png_that_says(9000, 10_000)
+    with pytest.warns(Image.DecompressionBombWarning):  # Pillow itself does warn
+        Image.open(io.BytesIO(large))
+    assert reason(large) == "decompression bomb"
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda data: decode(item(data), 32), loud * 50))
     assert not recwarn.list
