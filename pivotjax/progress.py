@@ -28,6 +28,7 @@ class Bar:
     def __init__(self, total: int | None, desc: str, unit: str = "it", initial: int = 0):
         self.total, self.desc, self.unit, self.done, self.note = total, desc, unit, initial, ""
         self._started = self._spoke = time.monotonic()
+        self._told: int | None = None  # units done when it last spoke
         self._initial = initial
         terminal = _shows() and sys.stderr.isatty()
         self._tqdm = tqdm(total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True) if terminal else None
@@ -42,7 +43,7 @@ class Bar:
             self._speak()
 
     def _speak(self) -> None:
-        self._spoke = time.monotonic()
+        self._spoke, self._told = time.monotonic(), self.done
         seconds = self._spoke - self._started
         rate = (self.done - self._initial) / max(seconds, 1e-9)
         of = f"/{self.total}" if self.total is not None else ""
@@ -57,7 +58,7 @@ class Bar:
     def __exit__(self, *exc) -> None:
         if self._tqdm is not None:
             self._tqdm.close()
-        elif _shows() and exc[0] is None:
+        elif _shows() and exc[0] is None and self._told != self.done:
             self._speak()
 
 
