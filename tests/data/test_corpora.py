@@ -4,15 +4,16 @@ import json
 import multiprocessing
 import os
 import pickle
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import fsspec
 import numpy as np
 import pytest
 from corpus_files import WRITERS, add, encoded, noise, parquet, pictures, webdataset, write_tar
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry as registered
 
 from pivotjax.cli import run
 from pivotjax.data.corpora import FORMATS, CorpusConfig, open_corpus
@@ -122,10 +123,17 @@ class Bucket(MemoryFileSystem):
         return str(path).removeprefix("gs://").removeprefix("gcs://").strip("/")
 
 
-def test_a_bucket(tmp_path):
+@pytest.mark.parametrize("path", ["gs://bucket/*.tar", "gs://bucket", "gs://bucket/{0..3}.tar", "gs://bucket/x.tar"])
+def test_a_bucket_needs_its_client(tmp_path, path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(InputError, match=r"gs://bucket.* needs gcsfs: pip install \"pivotjax\[gcs\]\""):
+        open_corpus(CorpusConfig("webdataset", path), tmp_path / "cache")
+
+
+def test_a_bucket(tmp_path, monkeypatch):
     """gs:// through etils and fsspec."""
     for name in ("gs", "gcs"):
-        fsspec.register_implementation(name, Bucket, clobber=True)
+        monkeypatch.setitem(registered, name, Bucket)
     bucket, samples = Bucket(), pictures()
     webdataset(tmp_path / "data", samples)
     bucket.mkdir("bucket")
@@ -211,8 +219,6 @@ def test_prepare_makes_a_copy_that_is_the_same(tmp_path, capsys, into):
 
 
 def test_tfds_needs_no_tensorflow(tmp_path):
-    import sys
-
     open_corpus(WRITERS["tfds"](tmp_path / "data", pictures(2)), tmp_path / "cache")[0]
     assert "tensorflow" not in sys.modules
 

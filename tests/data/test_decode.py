@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from corpus_files import encoded, noise
+from corpus_files import encoded, noise, png_that_says
 from PIL import Image
 
 from pivotjax.data.decode import MOST_PIXELS, BadSample, decode, decode_noted
