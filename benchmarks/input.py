@@ -19,7 +19,9 @@ makes.
 import argparse
 import io
 import json
+import multiprocessing
 import os
+import signal
 import statistics
 import tarfile
 import tempfile
@@ -39,6 +41,7 @@ from pivotjax.data.pipeline import Feed
 from pivotjax.data.sources import source
 from pivotjax.models.processors import Normalisation, Processor
 
+COPIES = 8  # of every picture in the shards: tiny corpora take longer to shuffle
 GOAL = 0.85  # of bare Pillow's images/s
 WARM = 8  # batches before the clock runs: those made ahead, and those that shared memory is taken for
 WORDS = "a photo of the old red house by a river with two boats and green trees on sunny day near mountain".split()
@@ -47,17 +50,18 @@ WORDS = "a photo of the old red house by a river with two boats and green trees 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=("rate", "wait", "all"), default="all")
-    parser.add_argument("--images", type=int, default=512, help="pictures of the corpus")
+    parser.add_argument("--images", type=int, default=512, help="different pictures of the corpus")
     parser.add_argument("--size", type=int, default=336, help="pixels of the encoder's images")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=8, help="timed in each repeat")
+    parser.add_argument("--turns", type=int, default=16, help="batches of each side in a repeat")
+    parser.add_argument("--steps", type=int, default=10, help="of the training loop")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         files = write_corpus(Path(folder), args.images)
         size = statistics.mean(map(len, files)) / 1e3
         print(f"{len(files)} JPEGs, {size:.0f} kB on average; {len(os.sched_getaffinity(0))} cores")
-        rate = bare(files, args.size, 1)
+        rate = bare(files, args.size)
         if args.part in ("rate", "all"):
             compare_rates(files, Path(folder), args)
         if args.part in ("wait", "all"):
@@ -65,17 +69,36 @@ def main() -> None:
 
 
 def compare_rates(files: list[bytes], folder: Path, args: argparse.Namespace) -> None:
-    """Prints both rates of each repeat, and their ratio."""
-    feed = make_feed(folder, args.size, args.batch, workers=1)
-    theirs, ours = [], []
-    for number in range(args.repeats):
-        theirs.append(bare(files, args.size, 1))
-        ours.append(fed(feed, args.batches))
-        print(f"repeat {number + 1}: bare Pillow {theirs[-1]:.1f} images/s, pivotjax {ours[-1]:.1f}", flush=True)
-    ratios = [mine / its for mine, its in zip(ours, theirs)]
+    """Prints both rates, and the ratio of each repeat. Within one the two take short turns, so that whatever else the
+    machine does meets both; the worker is stopped while Pillow's turn lasts."""
+    ratios = []
+    with make_feed(folder, args.size, args.batch, workers=1).start(0) as batches:
+        for _ in range(WARM):
+            next(batches)
+        for number in range(args.repeats):
+            theirs, ours = [], []
+            for turn in range(args.turns):
+                tell_workers(signal.SIGSTOP)
+                some = [files[(turn * args.batch + n) % len(files)] for n in range(args.batch)]
+                theirs.append(len(some) / bare(some, args.size))
+                tell_workers(signal.SIGCONT)
+                started = time.perf_counter()
+                next(batches)
+                ours.append(time.perf_counter() - started)
+            images = args.turns * args.batch
+            ratios.append(sum(theirs) / sum(ours))
+            rates = f"bare Pillow {images / sum(theirs):.1f} images/s, pivotjax {images / sum(ours):.1f}"
+            print(f"repeat {number + 1}: {rates}, ratio {ratios[-1]:.3f}", flush=True)
     median = statistics.median(ratios)
-    print(f"median: bare Pillow {statistics.median(theirs):.1f} images/s, pivotjax {statistics.median(ours):.1f}")
-    print(f"ratio: {median:.3f} (from {min(ratios):.3f} to {max(ratios):.3f}); at least {GOAL}: {median >= GOAL}")
+    print(
+        f"ratio: median {median:.3f} (from {min(ratios):.3f} to {max(ratios):.3f}); at least {GOAL}: {median >= GOAL}"
+    )
+
+
+def tell_workers(what: signal.Signals) -> None:
+    """Stops the worker processes, or lets them go on."""
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, what)
 
 
 def show_waiting(folder: Path, rate: float, args: argparse.Namespace) -> None:
@@ -85,30 +108,20 @@ def show_waiting(folder: Path, rate: float, args: argparse.Namespace) -> None:
     print("workers  " + "  ".join(f"{speed:>5}x" for speed in speeds))
     for workers in (0, 1, 2):
         feed = make_feed(folder, args.size, args.batch, workers)
-        shares = [waiting(feed, args.batches, args.batch / (speed * rate)) for speed in speeds]
+        shares = [waiting(feed, args.steps, args.batch / (speed * rate)) for speed in speeds]
         print(f"{workers:>7}  " + "  ".join(f"{share:6.1%}" for share in shares), flush=True)
 
 
-def bare(files: list[bytes], size: int, rounds: int) -> float:
+def bare(files: list[bytes], size: int) -> float:
     """Images/s of Pillow alone."""
     started = time.perf_counter()
-    for data in files * rounds:
+    for data in files:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         scale = size / min(image.size)
         width, height = (max(size, int(edge * scale)) for edge in image.size)
         left, top = (width - size) // 2, (height - size) // 2
         image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    return len(files) * rounds / (time.perf_counter() - started)
-
-
-def fed(feed: Feed, count: int) -> float:
-    """Images/s of our input, once its worker runs."""
-    with feed.start(0) as batches:
-        for _ in range(WARM):
-            next(batches)
-        started = time.perf_counter()
-        images = sum(next(batches)["ids"].size for _ in range(count))
-        return images / (time.perf_counter() - started)
+    return len(files) / (time.perf_counter() - started)
 
 
 def waiting(feed: Feed, count: int, step_seconds: float) -> float:
@@ -142,9 +155,9 @@ def write_corpus(folder: Path, count: int) -> list[bytes]:
     drawings = packaged(count // 2)
     files = [encoded(photo(random) if n % 2 else next(drawings), random) for n in range(count)]
     (folder / "shards").mkdir()
-    for first in range(0, count, 256):
+    for first in range(0, COPIES * count, 256):
         with tarfile.open(folder / "shards" / f"{first // 256:05}.tar", "w") as tar:
-            for number, data in enumerate(files[first : first + 256], first):
+            for number, data in enumerate((COPIES * files)[first : first + 256], first):
                 caption = " ".join(random.choice(WORDS, random.integers(6, 20)))
                 about = json.dumps({"caption": caption, "status": "success", "key": f"{number:09}"})
                 for suffix, part in (("jpg", data), ("txt", caption.encode()), ("json", about.encode())):

@@ -89,6 +89,10 @@ class Captioner:
             ids = [*self.tokenizer.encode(caption, add_special_tokens=False).ids, self.eos_id]
         return ids[: self.max_caption] if self.long_captions == "truncate" else ids
 
+    def own(self, text: str) -> str:
+        """The caption in a text that a model wrote after `head`: of the plain template, what stands before its end."""
+        return (text.strip().split(_PLAIN_END)[0] if self.template == "plain" else text).strip()
+
     def fits(self, caption: str) -> bool:
         """Whether the caption with its end has at most `max_caption` tokens, or is cut so that it has."""
         return len(self.caption_ids(caption)) <= self.max_caption

@@ -12,6 +12,7 @@ from jaxtyping import Float, Float32, Int32, Int64, UInt8
 from pivotjax.data.captions import Captioner
 from pivotjax.data.decode import REASONS
 from pivotjax.data.rows import Rows
+from pivotjax.data.shared import Part
 from pivotjax.data.stream import CONVERTED, TOO_LONG, Drawn, Samples, Stream, mixed, shuffled
 from pivotjax.data.workers import Ahead
 from pivotjax.errors import InputError
@@ -196,6 +197,10 @@ class _Batches:
         return sys.maxsize // (self.rows * self.layout.images)
 
     def __getitem__(self, step: int) -> Batch:
+        return {key: part.whole() for key, part in self.parts(step).items()}
+
+    def parts(self, step: int) -> dict[str, Part]:
+        """The batch whose arrays are not put together yet."""
         counts: Counter[str] = Counter()
         drawn = [self._drawn(streams, step, row, counts) for streams in self.experts for row in self.own]
         rows = []
@@ -206,12 +211,12 @@ class _Batches:
         visual = "images" if "image" in drawn[0][0].sample else "features"
         field = "image" if visual == "images" else "features"
         shape = (len(self.experts), len(self.own))
-        batch = {key: np.stack([row[key] for row in rows]).reshape(*shape, -1) for key in rows[0]}
-        pictures = np.stack([one.sample[field] for samples in drawn for one in samples])
-        batch[visual] = pictures.reshape(*shape, self.layout.images, *pictures.shape[1:])
-        batch["ids"] = np.array([[one.id for one in samples] for samples in drawn], np.int64).reshape(*shape, -1)
-        batch["bad"] = np.array([counts[reason] for reason in COUNTED], np.int64)
-        return batch
+        parts = {key: Part([row[key] for row in rows], shape) for key in rows[0]}
+        pictures = [one.sample[field] for samples in drawn for one in samples]
+        parts[visual] = Part(pictures, (*shape, self.layout.images))
+        parts["ids"] = Part([np.array([one.id for one in samples], np.int64) for samples in drawn], shape)
+        parts["bad"] = Part([np.array(counts[reason], np.int64) for reason in COUNTED], (len(COUNTED),))
+        return parts
 
     def _drawn(self, streams: Sequence[Stream], step: int, row: int, counts: Counter[str]) -> list[Drawn]:
         """The samples of one row of the whole batch."""

@@ -9,12 +9,41 @@ import multiprocessing.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 _FREE, _BUSY = 0, 1
 _START = 64  # bytes before the first array, the mark among them; arrays begin at multiples of it
+
+
+class Part(NamedTuple):
+    """An array of a batch before it is put together: equal arrays, and the axes on which they stand."""
+
+    arrays: Sequence[np.ndarray]
+    axes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        return (*self.axes, *self.arrays[0].shape)
+
+    def whole(self, out: np.ndarray | None = None) -> np.ndarray:
+        """The arrays put together, in `out` where it is given."""
+        flat = None if out is None else out.reshape(-1, *self.arrays[0].shape)
+        return np.stack(self.arrays, out=flat).reshape(self.shape)
+
+
+class Batches(Protocol):
+    """Random access to batches, whole or in parts."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]: ...
+
+    def parts(self, step: int) -> dict[str, Part]:
+        """The same batch, its arrays not put together yet."""
+        ...
 
 
 class Place(NamedTuple):
@@ -37,7 +66,7 @@ class Parcel:
 class Sent:
     """In a worker: `batches`, each as the parcel of a block of shared memory."""
 
-    def __init__(self, batches: Sequence[dict[str, np.ndarray]]):
+    def __init__(self, batches: Batches):
         self._batches = batches
         self._blocks: list[SharedMemory] = []
 
@@ -45,14 +74,14 @@ class Sent:
         return len(self._batches)
 
     def __getitem__(self, step: int) -> Parcel:
-        batch = self._batches[step]
+        batch = self._batches.parts(step)
         places, end = {}, _START
-        for key, array in batch.items():
-            places[key] = Place(end, array.shape, array.dtype)
-            end += -(-array.nbytes // _START) * _START
+        for key, part in batch.items():
+            places[key] = Place(end, part.shape, part.arrays[0].dtype)
+            end += -(-len(part.arrays) * part.arrays[0].nbytes // _START) * _START
         block = self._free_block(end)
-        for key, array in batch.items():
-            _view(block, places[key])[...] = array
+        for key, part in batch.items():
+            part.whole(_view(block, places[key]))
         block.buf[0] = _BUSY
         return Parcel(block.name, places)
 
@@ -65,10 +94,10 @@ class Sent:
         multiprocessing.util.Finalize(None, _remove, (block,), exitpriority=0)
         return block
 
-    def __getstate__(self) -> Sequence[dict[str, np.ndarray]]:
+    def __getstate__(self) -> Batches:
         return self._batches
 
-    def __setstate__(self, batches: Sequence[dict[str, np.ndarray]]) -> None:
+    def __setstate__(self, batches: Batches) -> None:
         self.__init__(batches)
 
 

@@ -7,13 +7,13 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import grain
 from absl import flags
 
-from pivotjax.data.shared import Receiver, Sent
+from pivotjax.data.shared import Batches, Receiver, Sent
 from pivotjax.errors import InputError
 from pivotjax.progress import say
 
@@ -36,7 +36,7 @@ class Ahead(Iterator[Any]):
         workers: processes; 0: threads of this one.
     """
 
-    def __init__(self, batches: Sequence[Any], step: int, workers: int):
+    def __init__(self, batches: Batches, step: int, workers: int):
         self._batches, self._step, self._workers, self._deaths = batches, step, workers, 0
         self._start()
 

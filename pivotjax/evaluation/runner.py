@@ -83,7 +83,7 @@ def evaluate(
         questions += [question._replace(image=offset + question.image) for question in asked + controls]
         offset += len(test.captions)
     features = np.concatenate([test.features for test in tests.values()])
-    packed = tasks.pack(questions, captioner.num_visual, captioner.prompt_ids)
+    packed = tasks.pack(questions, captioner.num_visual, captioner.prompt_ids, captioner.begin_ids)
 
     scores, start, outcomes = _scores(language, params, projectors, features, packed, "evaluate", spread), 0, {}
     for domain, (asked, controls) in spans.items():
@@ -129,7 +129,8 @@ def caption_losses(
     prefix = np.asarray(tokens)[0, : tokens.shape[1] - targets.shape[1] + 1]
     num_visual = int((prefix == vlm.IMAGE_TOKEN).sum())
     questions = [Question(image, (caption,)) for image, caption in enumerate(captions)]
-    packed = tasks.pack(questions, num_visual, prefix[num_visual:].tolist())
+    first = int(np.argmax(prefix == vlm.IMAGE_TOKEN))
+    packed = tasks.pack(questions, num_visual, prefix[first + num_visual :].tolist(), prefix[:first].tolist())
     scores = _scores(language, params, projectors, np.asarray(features), packed, "caption losses")
     return -scores.sum(axis=1) / lengths.sum()
 

@@ -114,16 +114,17 @@ def shuffled(test: TestSet, captioner: Captioner, items: int) -> list[Question]:
     return questions
 
 
-def pack(questions: Sequence[Question], num_visual: int, prompt: Sequence[int]) -> Packed:
+def pack(questions: Sequence[Question], num_visual: int, prompt: Sequence[int], begin: Sequence[int] = ()) -> Packed:
     """Lays questions out in rows (see the module's text).
 
     Args:
         questions: at least one.
         num_visual: visual tokens an image (V).
         prompt: token ids between image and caption.
+        begin: token ids before the image.
     """
     trees = [_Tree.of(question) for question in questions]
-    prefix = num_visual + len(prompt)
+    prefix = len(begin) + num_visual + len(prompt)
     sizes = [prefix + len(tree.tokens) for tree in trees]
     width, rows = _best_rows(sizes)
     heads = _round_up(max(sum(1 + len(trees[q].tokens) for q in row) for row in rows), 16)
@@ -142,7 +143,7 @@ def pack(questions: Sequence[Question], num_visual: int, prompt: Sequence[int]) 
     )
     first_caption = np.cumsum([0, *(len(question.captions) for question in questions)])
     edge, caption = [], []
-    prefix_tokens = [IMAGE_TOKEN] * num_visual + list(prompt)
+    prefix_tokens = [*begin, *[IMAGE_TOKEN] * num_visual, *prompt]
     for r, row in enumerate(rows):
         slot = head = first_edge = 0
         for place, q in enumerate(row):

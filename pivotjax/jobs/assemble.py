@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
 
 from pivotjax import __version__
 from pivotjax import config as configs
@@ -25,7 +27,7 @@ from pivotjax.data.sources import source
 from pivotjax.data.stream import TOO_LONG, Samples
 from pivotjax.errors import InputError
 from pivotjax.models.language import Language, Place, load_language
-from pivotjax.models.processors import Processor, load_processor
+from pivotjax.models.processors import Processor, load_processor, rgb
 from pivotjax.models.projector import ProjectorConfig
 from pivotjax.models.vision import Encoder, Features, load_encoder
 
@@ -111,6 +113,12 @@ class Frozen:
     encoder: Encoder
     captioner: Captioner
     fit: Processor | None = None  # what makes pictures square; None: centred in white
+
+    def picture(self, path: Path) -> UInt8[np.ndarray, "S S 3"]:
+        """Any picture file as the encoder takes it; InputError names one that cannot be read."""
+        if self.fit is None or path.suffix.lower() == ".svg":
+            return images.open_image(path, self.encoder.image_size)
+        return self.fit.fitted(rgb(images.read_image(path)))
 
     @property
     def identity(self) -> dict[str, str]:

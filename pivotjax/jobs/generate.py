@@ -84,8 +84,7 @@ def _caption(config: GenerateConfig, path: Path) -> str:
     images.open_image(config.image)  # one that cannot be read is refused before anything is loaded
     params, info = assemble.load_projector(path)
     frozen = assemble.frozen_of(info, assets.cache_folder(config.cache), str(path))
-    image = images.open_image(config.image, frozen.encoder.image_size)
-    features = encode(frozen.encoder, image[None])
+    features = encode(frozen.encoder, frozen.picture(config.image)[None])
     key = jax.random.key(config.seed)
     return captions(frozen, params, features, config.prompt, config.max_new, config.temperature, config.top_p, key)[0]
 
@@ -102,18 +101,18 @@ def captions(
 ) -> list[str]:
     """Captions of N images given their frozen features `[N, V, d_in]`."""
     language = frozen.language
-    text = frozen.captioner.prompt if prompt is None else prompt
-    ids = language.tokenizer.encode(text, add_special_tokens=False).ids
-    if len(ids) + frozen.encoder.num_tokens + max_new > language.config.max_length:
+    captioner, head = frozen.captioner, frozen.captioner.head
+    if prompt is not None:
+        ids = language.tokenizer.encode(prompt, add_special_tokens=False).ids
+        head = np.array([*captioner.begin_ids, *[IMAGE_TOKEN] * captioner.num_visual, *ids], np.int32)
+    if len(head) + max_new > language.config.max_length:
         raise InputError(
             f"prompt and caption exceed the LLM's {language.config.max_length} tokens; shorten the prompt or --max-new"
         )
-    row = [IMAGE_TOKEN] * frozen.encoder.num_tokens + ids
-    tokens = jnp.tile(jnp.array(row, jnp.int32), (len(features), 1))
+    tokens = jnp.tile(jnp.array(head), (len(features), 1))
     visual = projector.apply(params, jnp.asarray(features))
     written = generation.generate(
         language, language.params, visual, tokens, max_new=max_new, temperature=temperature, top_p=top_p, key=key
     )
-    return [
-        language.tokenizer.decode([int(t) for t in new if t != language.eos_id]).strip() for new in np.asarray(written)
-    ]
+    texts = [language.tokenizer.decode([int(t) for t in new if t != language.eos_id]) for new in np.asarray(written)]
+    return [captioner.own(text) for text in texts]

@@ -101,3 +101,9 @@ def test_long_captions_can_be_cut(captioner):
     _, targets, weights = cutting.encode("a blue blue blue blue circle")
     assert targets.tolist() == [4, 5, 5, 5, 5] and weights.tolist() == [1] * 5  # the end goes with the rest
     assert cutting.encode("a cat").targets.tolist() == captioner.encode("a cat").targets.tolist()
+
+
+def test_what_a_model_wrote_ends_where_its_template_ends(captioner):
+    plain = dataclasses.replace(captioner, template="plain")
+    assert plain.own(" a cat\na cat again") == "a cat" and plain.own("\n a cat ") == "a cat"
+    assert captioner.own(" a cat\nby two lines ") == "a cat\nby two lines"

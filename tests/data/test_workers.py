@@ -15,6 +15,7 @@ from greys import Greys
 
 from pivotjax.data import workers
 from pivotjax.data.pipeline import Feed
+from pivotjax.data.shared import Part
 from pivotjax.errors import InputError
 
 PARENT = """
@@ -46,6 +47,9 @@ class Numbers:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.02)
         return {"step": np.array(step), "ones": np.ones((100, 100))}
+
+    def parts(self, step: int) -> dict[str, Part]:
+        return {key: Part([array], ()) for key, array in self[step].items()}
 
 
 def living(folder: Path) -> list[int]:
@@ -109,12 +113,12 @@ class _Backends:
     def __len__(self) -> int:
         return 10
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    def parts(self, step: int) -> dict[str, Part]:
         from jax._src import xla_bridge
 
         import pivotjax.data.features  # noqa: F401 (with all that it imports)
 
-        return {"initialised": np.array(xla_bridge.backends_are_initialized())}
+        return {"initialised": Part([np.array(xla_bridge.backends_are_initialized())], ())}
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

@@ -1,0 +1,150 @@
+"""From a config's corpora and scenarios to domains in their splits, and batches of them."""
+
+import io
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pivotjax import config as configs
+from pivotjax import files
+from pivotjax.data.corpora import CorpusConfig, open_corpus
+from pivotjax.data.scenarios import folder as scenario_folder
+from pivotjax.errors import InputError
+from pivotjax.jobs import assemble
+from pivotjax.jobs.assemble import DataConfig, Frozen
+from pivotjax.models.processors import Normalisation, Processor
+
+COUNT, CORRUPT, WORDY = 60, (3, 17, 33), (20, 41)
+
+
+@pytest.fixture
+def shard(tmp_path) -> Path:
+    """Grey JPEGs, black at the left edge, of which some are corrupt and some have captions of too many words."""
+    path = tmp_path / "shards" / "00000.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for number in range(COUNT):
+            pixels = np.full((20, 40, 3), 4 * number, np.uint8)
+            pixels[:, :8] = 0
+            picture = io.BytesIO()
+            Image.fromarray(pixels).save(picture, "JPEG", quality=95)
+            data = b"\xff\xd8 nothing" if number in CORRUPT else picture.getvalue()
+            caption = f"number {number}" + " a" * 9 * (number in WORDY)
+            for suffix, part in (("jpg", data), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{number:09}.{suffix}")
+                member.size = len(part)
+                tar.addfile(member, io.BytesIO(part))
+    return path
+
+
+@pytest.fixture
+def data(shard) -> DataConfig:
+    corpora = {"web": CorpusConfig("webdataset", str(shard.parent))}
+    return DataConfig(corpora=corpora, train=None, calibration=10, test=12, bad_limit=0.5)
+
+
+@pytest.fixture
+def frozen(encoder, captioner) -> Frozen:
+    return Frozen(None, encoder, replace(captioner, num_visual=4))
+
+
+def numbers(samples) -> set[int]:
+    return {int(sample["caption"].split()[1]) for sample in samples}
+
+
+def batches(data, frozen, domains, count, batch=8) -> list[dict]:
+    feed = assemble.feed({name: [name] for name in domains}, domains, data, frozen, batch, 0)
+    with feed.start(0) as made:
+        return [next(made) for _ in range(count)]
+
+
+def test_a_corpus_in_its_splits(tmp_path, data, frozen):
+    domain = assemble.load_domain("web", data, frozen, tmp_path / "cache")
+    assert assemble.domain_names(data, tmp_path) == ("web",) and data.packaged == ()
+    held_out = {split: numbers([s[i] for i in range(len(s))]) for split, s in domain.splits.items() if split != "train"}
+    train = numbers([{"caption": key} for key in _captions(domain.splits["train"])])
+    assert not train & held_out["test"] and not train & held_out["calibration"]
+    assert not held_out["test"] & held_out["calibration"]
+    assert train | held_out["test"] | held_out["calibration"] | set(CORRUPT) | set(WORDY) == set(range(COUNT))
+    assert len(domain.splits["train"]) == COUNT - 22
+    assert not (held_out["test"] | held_out["calibration"]) & set(WORDY)  # of what is held out all can be asked
+    assert domain.dropped["corrupt image"] == 3
+    assert set(assemble.load_domain("web", data, frozen, tmp_path / "cache", held_out_only=True).splits) == {
+        "calibration",
+        "test",
+    }
+    other = assemble.load_domain("web", replace(data, split_seed=1, train=5), frozen, tmp_path / "cache")
+    assert len(other.splits["train"]) == 5
+    assert numbers([other.splits["test"][i] for i in range(len(other.splits["test"]))]) != held_out["test"]
+    with pytest.raises(InputError, match=r"domain web has 60 samples, data\.test and data\.calibration"):
+        assemble.load_domain("web", replace(data, test=55), frozen, tmp_path / "cache")
+
+
+def _captions(samples) -> list[str]:
+    good = []
+    for i in range(len(samples)):
+        try:
+            good.append(samples[i]["caption"])
+        except ValueError:
+            continue
+    return good
+
+
+def test_online_and_cached_training_see_the_same_samples(tmp_path, data, frozen):
+    found = []
+    for features in ("cache", "online"):
+        config = replace(data, features=features, pack=2)
+        found.append(batches(config, frozen, {"web": assemble.load_domain("web", config, frozen, tmp_path)}, 4))
+    for cached, online in zip(*found):
+        assert all(np.array_equal(cached[key], online[key]) for key in ("ids", "tokens", "segments", "bad"))
+        assert cached["features"].shape == (1, 4, 2, 4, 3) and online["images"].shape == (1, 4, 2, 16, 16, 3)
+        pixels = online["images"].astype(np.float32).reshape(1, 4, 2, 2, 8, 2, 8, 3).mean((4, 6)) / 255
+        np.testing.assert_allclose(cached["features"], pixels.reshape(cached["features"].shape), atol=1e-3)
+
+
+def test_the_encoders_processor_cuts_the_middle_out(tmp_path, data, frozen):
+    config = replace(data, features="online")
+    cut = frozen.__class__(None, frozen.encoder, frozen.captioner, Processor(Normalisation(), 3, 16, (16, 16)))
+    square, middle = (
+        batches(config, one, {"web": assemble.load_domain("web", config, one, tmp_path)}, 1)[0]["images"]
+        for one in (frozen, cut)
+    )
+    assert (square[..., 0, 0, :] == 255).all() and (square[..., 8, 1, :] < 40).all()  # white above, the edge is there
+    assert np.ptp(middle[..., 2:14, 2:14, :].astype(int), axis=(3, 4)).max() <= 4  # neither is
+    assert len(list((tmp_path / "features").iterdir())) == 4  # two splits each way: they are not taken for each other
+
+
+def test_a_scenarios_domains(tmp_path, data, frozen):
+    cache, folder = tmp_path / "cache", tmp_path / "scenario"
+    folder.mkdir()
+    corpus = open_corpus(data.corpora["web"], cache)
+    thirds = np.arange(COUNT).reshape(2, 3, 10)
+    domains = {name: dict(zip(("train", "calibration", "test"), part)) for name, part in zip(("low", "high"), thirds)}
+    facts = scenario_folder.write_indices(folder, domains)
+    corpora = {"web": {"config": configs.resolved(data.corpora["web"]), "identity": corpus.identity}}
+    manifest = {"format": scenario_folder.FORMAT, "corpora": corpora}
+    files.write_json(folder / "manifest.json", manifest | {"domains": {n: {"splits": f} for n, f in facts.items()}})
+    config = DataConfig(scenario=folder, train=None, calibration=4, bad_limit=1.0)
+    assert assemble.domain_names(config, cache) == ("low", "high")
+    loaded = {name: assemble.load_domain(name, config, frozen, cache) for name in ("low", "high")}
+    assert numbers([loaded["high"].splits["test"][i] for i in range(10)]) == set(range(50, 60))
+    drawn = loaded["low"].splits["calibration"]
+    assert len(drawn) + loaded["low"].dropped["corrupt image"] - 1 == 4  # 3 is in training, 17 may be among the four
+    assert numbers([drawn[i] for i in range(len(drawn))]) < set(range(10, 20))
+    batch = batches(config, frozen, loaded, 1)[0]
+    assert batch["features"].shape == (2, 8, 1, 4, 3)
+    with pytest.raises(InputError, match="scenario and corpora are both given"):
+        DataConfig(scenario=folder, corpora=data.corpora)
+
+
+def test_the_config_reads_corpora_and_weights():
+    recipe = {"corpora": {"a": {"format": "parquet", "path": "x"}}, "weights": {"a": 1}, "train": None}
+    found = configs.from_dict(DataConfig, recipe, "recipe")
+    assert found.corpora == {"a": CorpusConfig("parquet", "x")} and found.weights == {"a": 1.0} and found.train is None
+    assert configs.from_dict(DataConfig, configs.resolved(found), "again") == found
+    found = configs.overridden(found, ["--pack", "2", "--workers", "3", "--features", "online"], "pivotjax")
+    assert (found.pack, found.workers, found.features) == (2, 3, "online") and found.corpora
