@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pivotjax.errors import InputError
-from pivotjax.training.parallel import MeshConfig, _share, make_mesh
+from pivotjax.training.parallel import MeshConfig, _share, layout, make_mesh
 
 ROOT = Path(__file__).parents[2]
 EXPERTS, ROWS, STEPS = 4, 8, 4
@@ -22,10 +24,10 @@ CASES = {
     "experts, tensor": ((4, 1, 1, 2), {"remat": "dots"}),
     "everything": ((1, 2, 2, 2), {"remat": "layers", "accumulate": 2}),
     "fsdp": ((1, 1, 8, 1), {"remat": "layers"}),
-    "pmap": ((1, 8, 1, 1), {"loss_chunk": 3}),
+    "pmap": ((1, 4, 1, 1), {"loss_chunk": 3, "accumulate": 2}),
+    "bfloat16": ((2, 1, 2, 2), {"remat": "dots", "loss_chunk": 2}),
     "one device, packed": ((1, 1, 1, 1), {}),
     "everything, packed": ((2, 1, 2, 2), {"remat": "layers", "accumulate": 2}),
-    "pmap, packed": ((1, 4, 1, 1), {"accumulate": 2}),
 }
 EVALUATED = ["one device", "everything", "pmap"]
 
@@ -46,7 +48,8 @@ def flat(tree):
     return np.concatenate([np.ravel(a) for a in jax.tree.leaves(jax.device_get(tree))]).tolist()
 
 def go(name, sizes, options):
-    tiny = build(steps=20, **options)
+    tiny = build(jnp.dtype("bfloat16" if name == "bfloat16" else "float32"), steps=20, **options)
+    tiny = tiny._replace(w0=build().w0)
     devices = jax.devices()[:int(np.prod(sizes))]
     where = layout("pmap" if "pmap" in name else "jit", make_mesh(MeshConfig(*sizes), {EXPERTS}, {ROWS}, devices))
     step = where.compile(tiny.step(where))
@@ -83,7 +86,7 @@ def splash_apart():  # how far the kernel on a mesh is from the kernel on one de
 
     (value, slope), (expected, expected_slope) = attend(mesh), attend(None)
     assert abs(expected) > 1
-    return max(float(abs(value - expected)), float(jnp.abs(slope - expected_slope).max()))
+    return max(float(abs(value / expected - 1)), float(jnp.abs(slope - expected_slope).max()))
 
 found = {{name: go(name, *case) for name, case in {CASES}.items()}}
 print(json.dumps(found | {{"splash": splash_apart()}}, default=float))
@@ -104,8 +107,10 @@ def runs():
 def test_any_split_trains_as_one_device_does(runs, case):
     one, spread = runs["one device, packed" if "packed" in case else "one device"], runs[case]
     assert np.shape(one["losses"]) == (STEPS, EXPERTS)
-    np.testing.assert_allclose(spread["losses"], one["losses"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(spread["params"], one["params"], rtol=0, atol=1e-4)
+    tolerance = 3e-2 if case == "bfloat16" else 1e-5
+    np.testing.assert_allclose(spread["losses"], one["losses"], rtol=tolerance, atol=tolerance)
+    if case != "bfloat16":
+        np.testing.assert_allclose(spread["params"], one["params"], rtol=0, atol=1e-4)
     if case in EVALUATED:
         np.testing.assert_allclose(spread["evaluation"], one["evaluation"], rtol=1e-5)
     assert spread["tokens"] == one["tokens"]
@@ -139,6 +144,19 @@ def test_splash_on_a_mesh_is_splash(runs):
 def test_a_mesh_that_does_not_fit_the_devices(sizes, said):
     with pytest.raises(InputError, match=said):
         make_mesh(MeshConfig(*sizes), 2, 2)
+
+
+def test_frozen_weights_that_are_in_place_are_not_copied():
+    weights = {"language": {"embedding": jnp.ones((64, 64)), "layers": {"q": {"kernel": jnp.ones((2, 64, 64))}}}}
+    placed = layout("jit", make_mesh(MeshConfig(), 1, 1)).put_frozen(weights)
+    for old, new in zip(jax.tree.leaves(weights), jax.tree.leaves(placed)):
+        assert old.unsafe_buffer_pointer() == new.unsafe_buffer_pointer()
+
+
+def test_pmap_is_for_data_alone():
+    mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), ("expert", "data", "fsdp", "tensor"))
+    with pytest.raises(InputError, match="for the mesh 2 x 1 x 1 x 1 on 1 hosts set parallel: jit"):
+        layout("pmap", mesh)
 
 
 SHARES = {

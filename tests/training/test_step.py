@@ -122,6 +122,8 @@ def test_no_arithmetic_beyond_the_minimum(tiny, experts):
     minimum = frozen + projecting
     assert minimum * 0.95 <= flops <= 1.10 * minimum, (flops, minimum, flops / minimum)
     assert vocabulary_rows == samples * CAPTION
+    _, in_chunks = dot_flops(jax.make_jaxpr(tiny.step(loss_chunk=2))(state, tiny.frozen, batch).jaxpr)
+    assert in_chunks == samples * 2
 
 
 def test_remat_changes_memory_not_numbers(tiny):
