@@ -65,6 +65,9 @@ def prepare(corpus: Corpus, data_dir: Path) -> Path:
     tfds.disable_progress_bar()  # there is one of ours
     try:
         builder.download_and_prepare()
+    except AssertionError:  # there were no examples
+        arrayrecord.tell(builder.bad, len(corpus), folder)
+        raise
     except (OSError, RuntimeError) as error:  # the record writer's are RuntimeErrors
         raise InputError(f"cannot write {folder}: {str(error).splitlines()[0]}; free some space") from error
     arrayrecord.tell(builder.bad, len(corpus), folder)

@@ -24,6 +24,7 @@ from corpus_files import (
 )
 from PIL import Image
 
+from pivotjax.data import tfds_builder
 from pivotjax.data.corpora import CorpusConfig, open_corpus
 from pivotjax.data.corpora import arrayrecord as records
 from pivotjax.data.decode import REASONS, BadSample, decode_noted
@@ -229,8 +230,19 @@ def test_a_full_disk_leaves_no_half_of_an_index(tmp_path, small_disk):
     assert len(open_corpus(config, tmp_path / "cache")) == 300
     corpus = open_corpus(config, tmp_path / "cache")
     with small_disk(2000), pytest.raises(InputError, match=r"cannot write .*free some space"):
-        records.write(tmp_path / "out", corpus)
-    assert not (tmp_path / "out").exists()
+        records.write(tmp_path / "records", corpus)
+    assert not (tmp_path / "records").exists()
+    with small_disk(2000), pytest.raises(InputError, match=r"cannot write .*free some space"):
+        tfds_builder.prepare(corpus, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("write", [records.write, lambda path, corpus: tfds_builder.prepare(corpus, path)])
+def test_a_corpus_of_bad_samples_only_is_not_prepared(tmp_path, write):
+    config = webdataset(tmp_path / "data", [sample._replace(caption=" ") for sample in pictures(3)])
+    with pytest.raises(InputError, match=r"no sample of the corpus can be read \(3 empty caption\)"):
+        write(tmp_path / "out", open_corpus(config, tmp_path / "cache"))
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_a_damaged_parquet_file(tmp_path):
