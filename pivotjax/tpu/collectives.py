@@ -46,6 +46,11 @@ def find(program: Program, devices: int) -> list[Collective]:
     it inside, and a done: it is counted at its start.
     """
     beside = _channels_beside_products(program)
+    starts = {
+        called: (computation, instruction)
+        for computation in program.computations.values() for instruction in computation.instructions.values()
+        if instruction.opcode == "async-start" for called in instruction.called
+    }  # fmt: skip
     found = []
     for name, times in program.runs.items():
         computation = program.computations[name]
@@ -53,7 +58,9 @@ def find(program: Program, devices: int) -> list[Collective]:
             kind = _kind(computation, instruction)
             if kind is None or _is_continued(program, computation):
                 continue
-            overlapped = instruction.attribute("channel_id") in beside or _waits(program, computation, instruction)
+            overlapped = instruction.attribute("channel_id") in beside or _waits(
+                program, *starts.get(name, (computation, instruction))
+            )
             sizes = [a.bytes for a in instruction.arrays] + [
                 a.bytes for operand in instruction.operands for a in computation.instructions[operand].arrays
             ]
@@ -95,11 +102,13 @@ def _waits(program: Program, computation: Computation, instruction: Instruction)
     if not instruction.opcode.endswith("-start"):
         return False
     after = list(computation.instructions.values())
-    after = after[after.index(instruction) + 1 :]
+    after, going_on = after[after.index(instruction) + 1 :], {instruction.name}
     for other in after:
-        if other.opcode.endswith("-done") and instruction.name in other.operands:
+        if other.opcode.endswith("-done") and going_on.intersection(other.operands):
             return False
-        if _is_product(program, computation, other):
+        if other.opcode == "async-update" and going_on.intersection(other.operands):
+            going_on.add(other.name)
+        elif _is_product(program, computation, other):
             return True
     return False
 

@@ -3,6 +3,7 @@ devices, with shapes in the place of arrays."""
 
 import pickle
 import re
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -153,7 +154,7 @@ def compiled(step: Described, mesh: Mesh, hbm_bytes: float) -> Compiled:
     started = time.monotonic()
     lowered = step.traced(mesh).lower()
     try:
-        executable = lowered.compile()
+        executable, text = _with_text(lowered, on_tpu=mesh.devices.flat[0].platform == "tpu")
     except jax.errors.JaxRuntimeError as error:
         used = _OUT_OF_MEMORY.search(str(error))
         if not used:
@@ -170,7 +171,21 @@ def compiled(step: Described, mesh: Mesh, hbm_bytes: float) -> Compiled:
     )
     total = sum(parts.values()) - 2 * parts["aliased"]
     memory = Memory(total <= hbm_bytes, total, int(hbm_bytes), **parts)
-    return Compiled(memory, time.monotonic() - started, parse(executable.as_text()), executable)
+    return Compiled(memory, time.monotonic() - started, parse(text), executable)
+
+
+def _with_text(lowered: jax.stages.Lowered, on_tpu: bool) -> tuple[jax.stages.Compiled, str]:
+    """The executable and its optimised HLO.
+
+    libtpu writes the text itself: what it hands over is parsed again by jaxlib, whose version may not know every
+    operation (seen with the asynchronous ones of v5p and v6e).
+    """
+    if not on_tpu:
+        executable = lowered.compile()
+        return executable, executable.as_text()
+    with tempfile.TemporaryDirectory(prefix="pivotjax-hlo-") as folder:
+        executable = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        return executable, next(Path(folder).glob("*.after_optimizations.txt")).read_text()
 
 
 def backbone(step: Described, mesh: Mesh, program: Program | None) -> Backbone:

@@ -56,7 +56,9 @@ class Instruction:
 
     @cached_property
     def called(self) -> tuple[str, ...]:
-        """Computations that it runs once each time it runs (loops aside)."""
+        """Computations that it runs once each time it runs (loops aside); what is asynchronous runs at its start."""
+        if self.opcode in ("async-update", "async-done"):
+            return ()
         return tuple(name.strip().lstrip("%") for found in _CALLED.findall(self.attributes)
                      for name in found.strip("{}").split(","))  # fmt: skip
 
@@ -200,8 +202,8 @@ def _closing(text: str, start: int) -> int:
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
     """How often a `while` runs its body: from its annotation, else from its condition `counter < limit`.
 
-    The counter starts at its value in the loop's initial tuple and goes up by 1, as in every loop that `lax.scan` and
-    `lax.map` make. None where it cannot be read.
+    The counter starts at its value in the loop's initial tuple and goes up by a constant: 1 in loops that `lax.scan`
+    makes, more where XLA unrolled them or takes a product apart. None where it cannot be read.
     """
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
@@ -211,7 +213,8 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
     if sides is None:
         return None
     first, limit = (_initial(program, computation, loop, side) for side in sides)
-    return None if first is None or limit is None else max(0, limit - first)
+    step = _stride(program.computations[loop.attribute("body")], sides[0])
+    return max(0, math.ceil((limit - first) / step)) if step and None not in (first, limit) else None
 
 
 def _comparison(program: Program, condition: Computation) -> tuple[Instruction, Instruction] | None:
@@ -229,6 +232,21 @@ def _comparison(program: Program, condition: Computation) -> tuple[Instruction, 
         sides = [condition.instructions[root.operands[int(side.operands[0])]] if side.opcode == "parameter" else side
                  for side in sides]  # fmt: skip
     return (sides[0], sides[1]) if direction == "LT" else (sides[1], sides[0])
+
+
+def _stride(body: Computation, counter: Instruction) -> int:
+    """What one run of a loop's body adds to its counter; 0 where it cannot be read."""
+    index, result = counter.attribute("index"), body.result
+    if index is None or result.opcode != "tuple":
+        return 0
+    total, now = 0, body.instructions[result.operands[int(index)]]
+    while now.opcode in ("add", "copy"):
+        sides = [body.instructions[name] for name in now.operands]
+        constants = [value for value in map(_constant, sides) if value is not None]
+        total += sum(constants)
+        now = next((side for side in sides if side.opcode != "constant"), sides[0])
+    kept = now.opcode == "get-tuple-element" and now.attribute("index") == index
+    return total if kept else 0
 
 
 def _initial(program: Program, outer: Computation, loop: Instruction, side: Instruction) -> int | None:
