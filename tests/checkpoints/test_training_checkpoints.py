@@ -1,54 +1,50 @@
-"""Checkpoints of training state: the newest is found, an unfinished one is cleaned away, a broken one is named."""
+"""Checkpoints of training state: the newest whole one is found, cut-off and damaged ones are passed over."""
 
 import os
-import shutil
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pivotjax.checkpoints import store
+from pivotjax.checkpoints.training import CheckpointConfig, checksums, training_checkpoints
 from pivotjax.errors import InputError
 
 
 class State(NamedTuple):
     step: jax.Array
     params: dict
+    alive: jax.Array
 
 
 def state(step):
-    return State(jnp.int32(step), {"w": jnp.full((3, 2), step, jnp.float32)})
+    random = np.random.default_rng(step).normal(size=(3, 200)).astype(np.float32)
+    return State(jnp.int32(step), {"w": jnp.array(random)}, jnp.array([True, False]))
 
 
-def batches():
-    data = grain.MapDataset.range(100).seed(1).shuffle()
-    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
-
-
-def write(folder, steps, keep=2):
-    stream, seen = batches(), []
-    with store.training_checkpoints(folder, keep) as saved:
+def write(folder, steps, losses=None, **config):
+    with training_checkpoints(folder, CheckpointConfig(**config)) as saved:
         for step in steps:
-            seen.append(int(next(stream)))
-            saved.save(step, state(step), stream)
-    return seen, int(next(stream))
+            saved.save(step, state(step), {"corrupt image": step}, losses and losses.get(step))
 
 
-def read(folder, keep=2):
-    with store.training_checkpoints(folder, keep) as saved:
-        return saved.restore(state(0), batches())
+def read(folder, **config):
+    with training_checkpoints(folder, CheckpointConfig(**config)) as saved:
+        return saved.restore(state(0))
 
 
-def test_the_newest_is_restored_with_its_place_in_the_data(tmp_path):
-    _, following = write(tmp_path, [1, 2, 3])
-    found, stream = read(tmp_path)
+def steps_in(folder):
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def test_the_newest_is_restored_with_its_counts(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    found, counts = read(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, found, state(3))
-    assert int(next(stream)) == following
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+    assert counts == {"corrupt image": 3} and steps_in(tmp_path) == [2, 3]
 
 
 def test_relative_folder(tmp_path, monkeypatch):
@@ -59,18 +55,106 @@ def test_relative_folder(tmp_path, monkeypatch):
 
 
 def test_nothing_there_gives_back_what_came(tmp_path):
-    found, stream = read(tmp_path / "new")
+    found, counts = read(tmp_path / "new")
     jax.tree.map(np.testing.assert_array_equal, found, state(0))
-    assert int(next(stream)) == int(next(batches()))
+    assert counts == {}
 
 
-def test_a_broken_one_is_named_and_the_one_before_serves(tmp_path):
-    write(tmp_path, [1, 2])
-    for path in (tmp_path / "2").rglob("*"):
-        if path.is_file():
-            os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(InputError, match=f"{tmp_path}/2 cannot be read; remove it"):
-        read(tmp_path)
-    shutil.rmtree(tmp_path / "2")
-    found, _ = read(tmp_path)
+def test_what_is_saved_is_the_state_at_that_moment_though_its_memory_is_used_again(tmp_path):
+    """As the loop does: the next step is given the state's buffers while the save is under way."""
+    step = jax.jit(lambda s: jax.tree.map(lambda a: a + 1 if a.dtype != bool else a, s), donate_argnums=0)
+    with training_checkpoints(tmp_path, CheckpointConfig(keep=9)) as saved:
+        now, expected = state(1), {}
+        for number in range(1, 9):
+            expected[number] = jax.tree.map(np.array, now)
+            saved.save(number, now, {})
+            for _ in range(3):
+                now = step(now)
+    with training_checkpoints(tmp_path, CheckpointConfig(keep=9)) as saved:
+        for number in range(8, 0, -1):
+            found, _ = saved.restore(state(0))
+            jax.tree.map(np.testing.assert_array_equal, found, expected[number])
+            (tmp_path / str(number)).rename(tmp_path / f"seen-{number}")
+            saved._checkpointer.reload()
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, Path.unlink])
+def test_a_damaged_one_is_said_and_the_one_before_serves(tmp_path, capsys, harm):
+    write(tmp_path, [1, 2, 3], keep=3)
+    for step in ("2", "3"):
+        harm(largest_file(tmp_path / step))
+    found, counts = read(tmp_path, keep=3)
     jax.tree.map(np.testing.assert_array_equal, found, state(1))
+    said = capsys.readouterr().err
+    assert counts == {"corrupt image": 1} and said.count("\n") == 2
+    for step in (2, 3):
+        assert f"{tmp_path}/{step} is damaged; put aside as {step}.damaged, trying the one before" in said
+    write(tmp_path, [2, 3], keep=2)  # what was damaged can be saved again, and does not count among those kept
+    assert steps_in(tmp_path) == [2, 3]
+    jax.tree.map(np.testing.assert_array_equal, read(tmp_path)[0], state(3))
+
+
+def test_a_save_that_was_cut_off_is_cleaned_away(tmp_path):
+    write(tmp_path, [1])
+    (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    jax.tree.map(np.testing.assert_array_equal, read(tmp_path)[0], state(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path):
+    losses = {1: 5.0, 2: 3.0, 3: 4.0, 5: 6.0}
+    write(tmp_path, range(1, 7), losses, keep=2, keep_best=2)
+    assert steps_in(tmp_path) == [2, 3, 5, 6]
+
+
+def test_the_loop_goes_on_while_a_save_is_under_way(tmp_path, monkeypatch):
+    """The disk stands still until the caller has gone on."""
+    gone_on, rename = threading.Event(), os.rename
+
+    def slow(*args, **options):
+        assert gone_on.wait(20)
+        rename(*args, **options)
+
+    monkeypatch.setattr(os, "rename", slow)
+    with training_checkpoints(tmp_path, CheckpointConfig()) as saved:
+        saved.save(1, state(1), {})
+        saved.check()
+        assert steps_in(tmp_path) == []  # not there yet, and we are here
+        gone_on.set()
+        saved.wait()
+        assert steps_in(tmp_path) == [1]
+
+
+def test_a_full_disk_is_noticed_and_costs_nothing_that_was_saved(tmp_path, small_disk):
+    write(tmp_path, [1], keep=1)
+    with pytest.raises(InputError, match=f"cannot write {tmp_path}: no space left"):
+        with small_disk(2000):
+            write(tmp_path, [2], keep=1)
+    jax.tree.map(np.testing.assert_array_equal, read(tmp_path, keep=1)[0], state(1))
+
+
+def test_checksums_see_values_places_and_nothing_else():
+    with jax.enable_x64(True):
+        tree = {kind: jnp.arange(12, dtype=kind).reshape(3, 4) for kind in ("float32", "bfloat16", "int8", "float64")}
+    tree["alive"] = jnp.array([True, False])
+    sums = checksums(tree)
+    assert sums.shape == (5,) and len(set(sums.tolist())) == 5
+    np.testing.assert_array_equal(sums, checksums(jax.tree.map(jnp.copy, tree)))
+    swapped = {name: leaf.at[..., 0].set(leaf[..., 1]).at[..., 1].set(leaf[..., 0]) for name, leaf in tree.items()}
+    assert (checksums(swapped) != sums).all()
+    nearly = tree["float32"].at[1, 2].set(np.nextafter(np.float32(6), np.float32(7)))
+    assert (checksums(tree | {"float32": nearly}) != sums).sum() == 1
