@@ -11,6 +11,7 @@ from pivotjax.errors import InputError
 
 COMMANDS = {
     "demo": "the whole mission on real weights and images: fetch, pre-train, merge, evaluate, report, export",
+    "prepare": "a corpus in a form that is fast to read shuffled: --corpus.format F --corpus.path P --out DIR",
     "scenario": "split a corpus into domains that differ (recipe: train/scenario_mini.yaml)",
     "pretrain": "pre-train K domain experts in one program (recipe: train/mini.yaml)",
     "pipeline": "pre-train, merge on the same devices, evaluate and export in one run (recipe: train/mini.yaml)",
