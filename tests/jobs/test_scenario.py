@@ -12,7 +12,7 @@ import pytest
 import yaml
 from drawn import FORMAT, THEMES
 
-from pivotjax import cli, files
+from pivotjax import files
 from pivotjax.data import corpora
 from pivotjax.data.scenarios import columns, embeddings, load
 from pivotjax.data.scenarios.columns import Simple
@@ -24,7 +24,6 @@ TESTS = Path(__file__).parents[1]
 @pytest.fixture
 def recipe(tmp_path, monkeypatch) -> Path:
     """180 drawn samples of three themes, clustered by their mean colours."""
-    monkeypatch.setitem(cli.COMMANDS, "scenario", "")
     monkeypatch.setitem(corpora.FORMATS, "drawn", FORMAT)
     monkeypatch.setattr(embeddings, "column", lambda config, weights: COLOURS)
     monkeypatch.setenv("PIVOTJAX_CACHE", str(tmp_path / "cache"))
@@ -146,7 +145,6 @@ from pivotjax import cli
 from pivotjax.data import corpora
 from pivotjax.data.scenarios import columns, embeddings
 corpora.FORMATS["drawn"] = FORMAT
-cli.COMMANDS["scenario"] = ""
 columns.BLOCK = 32
 of = lambda rows: rows.pictures.mean((1, 2)).astype(np.float16)
 embeddings.column = lambda config, weights: columns.Simple("embedding", of, "colours", -1)
