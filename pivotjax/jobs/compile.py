@@ -89,7 +89,7 @@ class _Way(NamedTuple):
 def _way(config: CompileConfig, step: Described, where: Slice, mesh: MeshConfig) -> _Way:
     devices = parallel.make_mesh(mesh, step.work.experts, step.work.samples, where.devices())
     say(f"compiling for {where.accelerator_type} (minutes for a large model)")
-    done = ahead.compiled(step, devices, where.hbm_bytes)
+    done = ahead.compiled(step, devices, where.hbm_bytes, where.xla_flags)
     values = report.report(step, where, devices, done, config.caption_tokens)
     return _Way(mesh, estimate.flags(mesh, step.training), values, done)
 

@@ -149,12 +149,12 @@ class Compiled(NamedTuple):
     executable: jax.stages.Compiled | None
 
 
-def compiled(step: Described, mesh: Mesh, hbm_bytes: float) -> Compiled:
-    """Compiles a step for the devices of a mesh."""
+def compiled(step: Described, mesh: Mesh, hbm_bytes: float, flags: Mapping[str, bool]) -> Compiled:
+    """Compiles a step for the devices of a mesh, with flags of their compiler."""
     started = time.monotonic()
     lowered = step.traced(mesh).lower()
     try:
-        executable, text = _with_text(lowered, on_tpu=mesh.devices.flat[0].platform == "tpu")
+        executable, text = _with_text(lowered, flags, on_tpu=mesh.devices.flat[0].platform == "tpu")
     except jax.errors.JaxRuntimeError as error:
         used = _OUT_OF_MEMORY.search(str(error))
         if not used:
@@ -174,7 +174,9 @@ def compiled(step: Described, mesh: Mesh, hbm_bytes: float) -> Compiled:
     return Compiled(memory, time.monotonic() - started, parse(text), executable)
 
 
-def _with_text(lowered: jax.stages.Lowered, on_tpu: bool) -> tuple[jax.stages.Compiled, str]:
+def _with_text(
+    lowered: jax.stages.Lowered, flags: Mapping[str, bool], on_tpu: bool
+) -> tuple[jax.stages.Compiled, str]:
     """The executable and its optimised HLO.
 
     libtpu writes the text itself: what it hands over is parsed again by jaxlib, whose version may not know every
@@ -184,7 +186,8 @@ def _with_text(lowered: jax.stages.Lowered, on_tpu: bool) -> tuple[jax.stages.Co
         executable = lowered.compile()
         return executable, executable.as_text()
     with tempfile.TemporaryDirectory(prefix="pivotjax-hlo-") as folder:
-        executable = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        executable = lowered.compile(compiler_options={**flags, **dump})
         return executable, next(Path(folder).glob("*.after_optimizations.txt")).read_text()
 
 

@@ -117,6 +117,8 @@ class Slice:
     """Node label of Google Kubernetes Engine; its topology label is that of `topology`."""
     mesh: parallel.MeshConfig
     """The mesh where a recipe names none."""
+    xla_flags: dict[str, bool]
+    """Flags of libtpu's compiler that training on it wants; the launch scripts set them too (LIBTPU_INIT_ARGS)."""
     launch: tuple[str, ...]
     """Scripts of tpu_configs/launch/ that start a run on it."""
 

@@ -102,6 +102,8 @@ def test_the_jobset_asks_for_the_slice(path):
     assert labels["cloud.google.com/gke-tpu-topology"] == where.topology.split(":")[1]
     container = pod["containers"][0]
     assert container["args"] == ["pretrain", "train/a b.yaml", "--mesh.fsdp", "16"] and container["image"] == "image:1"
+    flags = " ".join(f"--{name}=true" for name in where.xla_flags)
+    assert container["env"] == [{"name": "LIBTPU_INIT_ARGS", "value": flags}]
     asked = container["resources"]["limits"]["google.com/tpu"]
     assert asked * where.hosts == where.chips == container["resources"]["requests"]["google.com/tpu"] * where.hosts
 
@@ -123,9 +125,10 @@ def test_a_queued_resource_is_asked_for_awaited_and_used(tmp_path):
     )
     (tmp_path / "gcloud").chmod(0o755)
     log = tmp_path / "log"
-    done = run("queued_resource.sh", "v5e-64", "pretrain", "train/mini.yaml", PROJECT="p", ZONE="z", SPOT="1",
+    done = run("queued_resource.sh", "v5p-128", "pretrain", "train/mini.yaml", PROJECT="p", ZONE="z", SPOT="1",
                LOG=str(log), PATH=f"{tmp_path}:/usr/bin:/bin")  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = log.read_text()
-    assert "--accelerator-type v5litepod-64 --runtime-version v2-alpha-tpuv5-lite --spot" in said
-    assert "tpu-vm scp" in said and "--worker all" in said and "pivotjax pretrain train/mini.yaml" in said
+    assert "--accelerator-type v5p-128 --runtime-version v2-alpha-tpuv5 --spot" in said
+    assert "tpu-vm scp" in said and "--worker all" in said and "--xla_enable_async_all_gather=true" in said
+    assert "pivotjax pretrain train/mini.yaml" in said

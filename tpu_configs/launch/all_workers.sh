@@ -2,7 +2,8 @@
 # Runs pivotjax on all workers of a TPU VM that is there, over ssh; every worker runs the same command.
 #   PROJECT=my-project ZONE=us-west4-a tpu_configs/launch/all_workers.sh NAME pretrain train/llava15-7b-cc12m.yaml
 # The program is copied to the workers and installed first. Interrupted, the run on the workers ends too, after a
-# checkpoint; the same command goes on from there.
+# checkpoint; the same command goes on from there. LIBTPU_INIT_ARGS: flags of the compiler (`xla_flags` of the slice's file
+# as --flag=true; queued_resource.sh sets them).
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -26,4 +27,5 @@ cd ~/pivotjax
 python3 -m venv .venv
 .venv/bin/pip install --quiet '.[tpu]'
 export PATH=\$PWD/.venv/bin:\$PATH
+export LIBTPU_INIT_ARGS=$(printf '%q' "${LIBTPU_INIT_ARGS:-}")
 exec $command"

@@ -19,6 +19,7 @@ fact() { # the value of a key of the slice's file
   sed -n "s/^$1: *//p" "$facts" | tr -d '"'
 }
 
+flags=$(sed -n 's/^  \(xla_[a-z_]*\): */--\1=/p' "$facts" | tr '\n' ' ')
 topology=$(fact topology)
 hosts=$(fact hosts)
 chips=$(($(fact chips) / hosts))
@@ -57,6 +58,9 @@ spec:
               command: ["pivotjax"]
               args:
 $arguments
+              env:
+              - name: LIBTPU_INIT_ARGS
+                value: "${flags% }"
               ports:
               - containerPort: 8471
               - containerPort: 8080

@@ -43,4 +43,5 @@ until now=$(state) && [[ $now == ACTIVE ]]; do
   echo "$name is ${now:-asked for}; looking again in a minute"
   sleep 60
 done
-exec "$here/all_workers.sh" "$name" "$@"
+flags=$(sed -n 's/^  \(xla_[a-z_]*\): */--\1=/p' "$facts" | tr '\n' ' ')
+LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS:-${flags% }} exec "$here/all_workers.sh" "$name" "$@"
