@@ -64,20 +64,3 @@ def caption_logits(
     """Logits of the `length` (T) caption tokens, predicted from sequence position `first_position` on."""
     places = jnp.broadcast_to(first_position + jnp.arange(length), (len(tokens), length))
     return language.logits(caption_hidden(language, tokens, visual, places))
-
-
-def caption_nll(
-    language,
-    tokens: Int[Array, "B L"],
-    visual: Float[Array, "B V D"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
-    first_position: int,
-) -> Float[Array, " B"]:
-    """Sum over a caption's tokens of their negative log-likelihood, in nats, one number a sample.
-
-    Target t is predicted at sequence position `first_position + t`; `weights` is 1 at real caption tokens (end of
-    sequence included) and 0 at padding.
-    """
-    logits = caption_logits(language, tokens, visual, targets.shape[1], first_position)
-    return jnp.sum(weights * token_nll(logits, targets), axis=-1)

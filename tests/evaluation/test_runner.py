@@ -16,6 +16,7 @@ from pivotjax.evaluation.metrics import summarise
 from pivotjax.evaluation.tasks import Question, TestSet
 from pivotjax.models import projector, vlm
 from pivotjax.models.language import Decoder, DecoderConfig, Language
+from pivotjax.training import losses
 
 VISUAL, CHANNELS = 4, 6
 COLOURS, SHAPES = ("red", "blue", "green"), ("circle", "square", "triangle")
@@ -114,7 +115,9 @@ def test_caption_losses_equal_the_training_loss(language, captioner, projectors,
     @jax.jit
     def padded(params, one):
         model, visual = nnx.merge(language.graphdef, params), projector.apply(one, test.features)
-        return vlm.caption_nll(model, tokens, visual, targets, weights, captioner.first_position)
+        places = captioner.first_position + np.broadcast_to(np.arange(targets.shape[1]), targets.shape)
+        hidden = vlm.caption_hidden(model, tokens, visual, places)
+        return losses.caption_nll(hidden, losses.Head(*model.head_weights()), targets, weights, chunk=4)
 
     for p in range(3):
         nll = padded(language.params, _one(projectors, p))
