@@ -1,7 +1,9 @@
 """What a run says about itself: loss, speed, memory, incidents; as JSON lines always, for TensorBoard on request."""
 
 import contextlib
+import errno
 import json
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -210,12 +212,12 @@ class Log:
     def _write(self, name: str, row: dict[str, Any]) -> None:
         if not self._writes:
             return
-        path = self._folder / f"{name}.jsonl"
+        path, line = self._folder / f"{name}.jsonl", (json.dumps(row) + "\n").encode()
         try:
             if name not in self._files:
-                self._files[name] = open(path, "a")
-            self._files[name].write(json.dumps(row) + "\n")
-            self._files[name].flush()
+                self._files[name] = open(path, "ab", buffering=0)
+            if self._files[name].write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}; free some space or change --out") from error
 
