@@ -197,6 +197,7 @@ def adjusted_rand(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.assets
+@pytest.mark.slow
 def test_captions_are_embedded_by_the_frozen_llm(assets, tmp_path):
     """The mean over a caption's own tokens, one caption at a time without padding."""
     import jax.numpy as jnp
