@@ -213,7 +213,7 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
     if sides is None:
         return None
     first, limit = (_initial(program, computation, loop, side) for side in sides)
-    step = _stride(program.computations[loop.attribute("body")], sides[0])
+    step = _stride(program, program.computations[loop.attribute("body")], sides[0])
     return max(0, math.ceil((limit - first) / step)) if step and None not in (first, limit) else None
 
 
@@ -234,19 +234,35 @@ def _comparison(program: Program, condition: Computation) -> tuple[Instruction, 
     return (sides[0], sides[1]) if direction == "LT" else (sides[1], sides[0])
 
 
-def _stride(body: Computation, counter: Instruction) -> int:
+def _stride(program: Program, body: Computation, counter: Instruction) -> int:
     """What one run of a loop's body adds to its counter; 0 where it cannot be read."""
     index, result = counter.attribute("index"), body.result
     if index is None or result.opcode != "tuple":
         return 0
-    total, now = 0, body.instructions[result.operands[int(index)]]
-    while now.opcode in ("add", "copy"):
-        sides = [body.instructions[name] for name in now.operands]
-        constants = [value for value in map(_constant, sides) if value is not None]
-        total += sum(constants)
-        now = next((side for side in sides if side.opcode != "constant"), sides[0])
-    kept = now.opcode == "get-tuple-element" and now.attribute("index") == index
-    return total if kept else 0
+    counters, added = _sum(program, body, result.operands[int(index)], index, ()) or (0, 0)
+    return added if counters == 1 else 0
+
+
+def _sum(
+    program: Program, computation: Computation, name: str, index: str, given: tuple[tuple[int, int] | None, ...]
+) -> tuple[int, int] | None:
+    """A value as so many times the loop's counter plus a constant; None where it is something else. `given` are the
+    values of a fusion's parameters."""
+    one = computation.instructions[name]
+    if one.opcode == "constant":
+        value = _constant(one)
+        return None if value is None else (0, value)
+    if one.opcode == "get-tuple-element":
+        return (1, 0) if one.attribute("index") == index else None
+    if one.opcode == "parameter":
+        return given[int(one.operands[0])] if given else None
+    if one.opcode not in ("add", "copy", "bitcast", "fusion"):
+        return None
+    sides = tuple(_sum(program, computation, operand, index, given) for operand in one.operands)
+    if one.opcode == "fusion":
+        inside = program.computations[one.called[0]]
+        return _sum(program, inside, inside.root[0], index, sides)
+    return None if None in sides else tuple(map(sum, zip(*sides)))
 
 
 def _initial(program: Program, outer: Computation, loop: Instruction, side: Instruction) -> int | None:

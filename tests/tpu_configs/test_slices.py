@@ -125,10 +125,10 @@ def test_a_queued_resource_is_asked_for_awaited_and_used(tmp_path):
     )
     (tmp_path / "gcloud").chmod(0o755)
     log = tmp_path / "log"
-    done = run("queued_resource.sh", "v5p-128", "pretrain", "train/mini.yaml", PROJECT="p", ZONE="z", SPOT="1",
+    done = run("queued_resource.sh", "v6e-8", "pretrain", "train/mini.yaml", PROJECT="p", ZONE="z", SPOT="1",
                LOG=str(log), PATH=f"{tmp_path}:/usr/bin:/bin")  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = log.read_text()
-    assert "--accelerator-type v5p-128 --runtime-version v2-alpha-tpuv5 --spot" in said
+    assert "--accelerator-type v6e-8 --runtime-version v2-alpha-tpuv6e --spot" in said
     assert "tpu-vm scp" in said and "--worker all" in said and "--xla_enable_async_all_gather=true" in said
     assert "pivotjax pretrain train/mini.yaml" in said
