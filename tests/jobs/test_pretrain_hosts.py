@@ -31,7 +31,7 @@ data:
   calibration: 4
   test: 2
   features: online
-training: {{steps: 6, batch: 4, learning_rate: 2.0e-2, log_every: 1}}
+training: {{steps: 6, batch: 4, learning_rate: 2.0e-3, log_every: 1}}
 checkpoints: {{every_steps: 4, keep_best: 1}}
 metrics: {{evaluate_every: 3, evaluate_batches: 1}}
 cache: {0}/cache
