@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from pivotjax import cli
 from pivotjax import config as configs
 from pivotjax.errors import InputError
 from pivotjax.jobs import merge
+from pivotjax.jobs.compile import CompileConfig
 from pivotjax.jobs.convert import ConvertConfig
 from pivotjax.jobs.demo import DemoConfig
 from pivotjax.jobs.evaluate import EvaluateConfig
@@ -20,7 +22,10 @@ from pivotjax.jobs.generate import GenerateConfig
 from pivotjax.jobs.inspect import InspectConfig
 from pivotjax.jobs.merge import MergeConfig
 from pivotjax.jobs.methods import MethodsConfig
+from pivotjax.jobs.pipeline import PipelineConfig
+from pivotjax.jobs.prepare import PrepareConfig
 from pivotjax.jobs.pretrain import PretrainConfig
+from pivotjax.jobs.scenario import ScenarioConfig
 from pivotjax.jobs.sweep import SweepConfig
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +160,7 @@ def resolved_recipe(path: Path) -> str:
         job, recipe = merge.parse([str(ROOT / path)])
         return configs.to_yaml({"job": configs.resolved(job), "recipe": configs.resolved(recipe)})
     cls = {"train": PretrainConfig, "eval": EvaluateConfig}[path.parts[0]]
+    cls = ScenarioConfig if path.stem.startswith("scenario") else cls
     return configs.to_yaml(configs.parse(cls, [str(ROOT / path)], "pivotjax"))
 
 
@@ -174,7 +180,11 @@ def test_no_golden_dump_without_its_recipe():
 
 COMMANDS = {
     "demo": DemoConfig,
+    "prepare": PrepareConfig,
+    "scenario": ScenarioConfig,
     "pretrain": PretrainConfig,
+    "pipeline": PipelineConfig,
+    "compile": CompileConfig,
     "merge": MergeConfig,
     "sweep": SweepConfig,
     "evaluate": EvaluateConfig,
@@ -186,9 +196,12 @@ COMMANDS = {
 
 
 def options(cls: Any, prefix: str = "") -> list[str]:
-    """The dotted options of a config's fields; positional ones and mappings by their bare name."""
+    """The dotted options of a config's fields; positional ones and mappings by their bare name. Mappings to sections
+    (corpora) are for recipes."""
     found = []
     for one in dataclasses.fields(cls):
+        if typing.get_origin(one.type) is dict and dataclasses.is_dataclass(typing.get_args(one.type)[1]):
+            continue
         kinds = [one.type, *getattr(one.type, "__args__", ())]
         sections = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
         name = one.name.replace("_", "-")

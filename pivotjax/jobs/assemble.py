@@ -54,7 +54,8 @@ class DataConfig:
     """Which image-caption pairs, and how they become batches."""
 
     domains: tuple[str, ...] = ("emoji", "icons", "shapes")
-    """Packaged domains to train on, one expert each; `scenario` and `corpora` take their place."""
+    """Packaged domains to train on, one expert each; `scenario`, or `corpora` in a recipe, take their place
+    (docs/data.md)."""
     scenario: Path | None = None
     """Folder of a scenario, as `pivotjax scenario` writes it: its domains are trained on, one expert each."""
     corpora: dict[str, CorpusConfig] = field(default_factory=dict)
