@@ -12,6 +12,7 @@ from typing import Any
 
 import grain
 from absl import flags
+from PIL import Image
 
 from pivotjax.data.shared import Batches, Receiver, Sent
 from pivotjax.errors import InputError
@@ -20,6 +21,7 @@ from pivotjax.progress import say
 _THREADS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # whole batches read ahead in this process
 _IN_WORKER = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # a worker makes one batch at a time ...
 _AHEAD = 2  # ... and has so many ready
+_BLOCKS = 32  # of memory that Pillow keeps in a worker instead of asking for them picture by picture
 _RESTARTS = 3  # times that workers are replaced within a run
 _DIED = "Worker process was terminated unexpectedly"  # how grain's error begins
 
@@ -97,6 +99,7 @@ def _prepare_worker(index: int, count: int) -> None:
     """In a worker process: the parent alone handles Ctrl-C, and no worker outlives it, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker has one core
+    Image.core.set_blocks_max(_BLOCKS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
