@@ -46,11 +46,6 @@ def find(program: Program, devices: int) -> list[Collective]:
     it inside, and a done: it is counted at its start.
     """
     beside = _channels_beside_products(program)
-    starts = {
-        called: (computation, instruction)
-        for computation in program.computations.values() for instruction in computation.instructions.values()
-        if instruction.opcode == "async-start" for called in instruction.called
-    }  # fmt: skip
     found = []
     for name, times in program.runs.items():
         computation = program.computations[name]
@@ -59,7 +54,7 @@ def find(program: Program, devices: int) -> list[Collective]:
             if kind is None or _is_continued(program, computation):
                 continue
             overlapped = instruction.attribute("channel_id") in beside or _waits(
-                program, *starts.get(name, (computation, instruction))
+                program, *program.started_by.get(name, (computation, instruction))
             )
             sizes = [a.bytes for a in instruction.arrays] + [
                 a.bytes for operand in instruction.operands for a in computation.instructions[operand].arrays
@@ -98,19 +93,18 @@ def _channels_beside_products(program: Program) -> set[str | None]:
 
 
 def _waits(program: Program, computation: Computation, instruction: Instruction) -> bool:
-    """Whether a product is scheduled between a start and its done."""
+    """Whether a product is scheduled between a start, or the update that hands it its operands, and its done."""
     if not instruction.opcode.endswith("-start"):
         return False
     after = list(computation.instructions.values())
-    after, going_on = after[after.index(instruction) + 1 :], {instruction.name}
+    after, now, beside = after[after.index(instruction) + 1 :], instruction.name, False
     for other in after:
-        if other.opcode.endswith("-done") and going_on.intersection(other.operands):
-            return False
-        if other.opcode == "async-update" and going_on.intersection(other.operands):
-            going_on.add(other.name)
-        elif _is_product(program, computation, other):
-            return True
-    return False
+        if other.opcode.endswith("-done") and now in other.operands:
+            return beside
+        if other.opcode == "async-update" and now in other.operands:
+            now, beside = other.name, False
+        beside = beside or _is_product(program, computation, other)
+    return beside
 
 
 def _is_product(program: Program, computation: Computation, instruction: Instruction) -> bool:

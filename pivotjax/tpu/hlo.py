@@ -128,6 +128,19 @@ class Program:
         )  # fmt: skip
 
     @cached_property
+    def started_by(self) -> dict[str, tuple[Computation, Instruction]]:
+        """Of each computation that runs asynchronously, the `async-start` that starts it, and where that stands."""
+        found: dict[str, tuple[Computation, Instruction]] = {}
+        for computation in self.computations.values():
+            for instruction in computation.instructions.values():
+                waiting = list(instruction.called) if instruction.opcode == "async-start" else []
+                while waiting:
+                    name = waiting.pop()
+                    found[name] = (computation, instruction)
+                    waiting += [inner for i in self.computations[name].instructions.values() for inner in i.called]
+        return found
+
+    @cached_property
     def unknown_loops(self) -> tuple[str, ...]:
         """Loops whose trip count is not known; they count as one."""
         return tuple(

@@ -123,12 +123,16 @@ def advice(step: Described, values: dict[str, Any]) -> list[str]:
             f"does not fit: {_gib(memory['over'])} GiB over the {_gib(memory['limit'])} GiB that a chip has",
             f"change: --training.device-batch {max(1, rows // 2)}, --training.remat layers, or a larger --mesh.fsdp",
         ]
-    said = [f"{line['binds']} binds"]
+    waits = line["step_seconds"] - line["compute_seconds"]
+    said = [f"{line['binds']} binds; for {waits:.3f} s of {line['step_seconds']:.3f} s chips wait for memory or links"]
     free = memory["hbm_bytes"] - memory["bytes"]
     if line["binds"] == "compute" and training.remat == "layers":
         said.append("change: --training.remat dots computes a third less again, where memory allows")
     elif line["binds"] == "compute":
-        said.append("at the chips' arithmetic: only fewer tokens (pack, a shorter max_caption) or more chips help")
+        said.append(
+            "what is left to change: --training.attention splash (scores stay on the chip), fewer tokens (a shorter "
+            "data.max_caption), more chips"
+        )
     if line["binds"] == "ici":
         said.append(
             "change: a larger --training.device-batch or --training.batch (weights are gathered once a part), or a "

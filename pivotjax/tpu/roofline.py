@@ -79,10 +79,10 @@ def roofline(
 
 
 def _busy_seconds(program: Program, where: Slice) -> float:
-    """All operations one after the other, each at its own limit."""
+    """All operations that are not asynchronous one after the other, each at its own limit."""
     total = 0.0
     for name, times in program.runs.items():
-        if name in program.fused:
+        if name in program.fused or name in program.started_by:
             continue
         for instruction in program.computations[name].instructions.values():
             arithmetic = _flops(program, name, instruction) / where.peak_flops
