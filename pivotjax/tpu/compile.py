@@ -23,13 +23,13 @@ from pivotjax.models.language import DecoderConfig
 from pivotjax.models.vision import VisionConfig
 from pivotjax.tpu import flops
 from pivotjax.tpu.flops import Work
-from pivotjax.tpu.hlo import Program, parse
+from pivotjax.tpu.hlo import Array, Instruction, Program, parse
 from pivotjax.training import parallel
 from pivotjax.training.optimizer import TrainingConfig, adamw, per_expert
 from pivotjax.training.step import Network, init_state, make_step
 
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"\b([\d.]+)([KMGT])\b")  # as the compiler's complaint has what it needs, then what there is
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,10 @@ def compiled(step: Described, mesh: Mesh, hbm_bytes: float, flags: Mapping[str, 
     try:
         executable, text = _with_text(lowered, flags, on_tpu=mesh.devices.flat[0].platform == "tpu")
     except jax.errors.JaxRuntimeError as error:
-        used = _OUT_OF_MEMORY.search(str(error))
-        if not used:
+        sizes = _SIZE.findall(str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
             raise
-        need, limit = (int(float(used[i]) * _UNITS[used[i + 1]]) for i in (1, 3))
+        need, limit = (int(float(number) * _UNITS[unit]) for number, unit in sizes[:2])
         return Compiled(Memory(False, need, limit), time.monotonic() - started, None, None)
     found = executable.memory_analysis()
     parts = dict(
@@ -216,8 +216,13 @@ def _repeated(program: Program, frozen: Any) -> tuple[str, ...]:
         for name in program.runs if name not in program.fused
         for instruction in program.computations[name].instructions.values()
         if instruction.opcode not in passing
-        and any(tuple(sorted(a.dims)) in shapes and a.space == 0 for a in instruction.arrays)
+        and any(tuple(sorted(a.dims)) in shapes and a.space == 0 for a in _made(instruction))
     )  # fmt: skip
+
+
+def _made(instruction: Instruction) -> tuple[Array, ...]:
+    """What an instruction makes; a `copy-start` names its source and a flag after it."""
+    return instruction.arrays[:1] if instruction.opcode == "copy-start" else instruction.arrays
 
 
 _EXECUTABLE, _ABOUT = "step.executable", "about.json"
