@@ -206,7 +206,7 @@ class _Run:
             self.time_to_save = bool(hosts.gather(np.asarray(due))[0])
 
     def _bad(self) -> Counter[str]:
-        """Samples that could not be used since the run's very beginning, by reason."""
+        """What was met while reading samples since the run's very beginning, by reason."""
         share = self.feed.share
         place = (share.experts.start, share.rows.start) if share else (0, 0)
         told = once_each_share(hosts.gather(np.array([*place, *self.bad], np.int32)))
@@ -233,7 +233,7 @@ class _Run:
 
     def _summary(self) -> None:
         if bad := self._bad():
-            say("samples that could not be used: " + ", ".join(f"{count} {reason}" for reason, count in bad.items()))
+            say("met while reading samples: " + ", ".join(f"{count} {reason}" for reason, count in bad.items()))
 
 
 @contextlib.contextmanager

@@ -206,7 +206,7 @@ def test_bad_samples_are_counted_over_all_lives(tiny, tmp_path, capsys):
         go(tiny, tmp_path, stop_after=4, every=2, change=bad)
     go(tiny, tmp_path, every=2, change=bad)
     assert read_metrics(tmp_path)[-1]["bad"] == {COUNTED[0]: 5, COUNTED[2]: 1}
-    assert f"samples that could not be used: 5 {COUNTED[0]}, 1 {COUNTED[2]}" in capsys.readouterr().err
+    assert f"met while reading samples: 5 {COUNTED[0]}, 1 {COUNTED[2]}" in capsys.readouterr().err
 
 
 def test_checkpoints_by_time(tiny, tmp_path):
