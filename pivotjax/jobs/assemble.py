@@ -46,7 +46,8 @@ class ModelConfig:
     """Its patch tokens alone, or its class token before them."""
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the frozen LLM's weights and arithmetic; the projector stays float32."""
+    """Type of the frozen LLM's weights and arithmetic, and of those of an encoder inside the training step; the
+    projector stays float32."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pivotjax.checkpoints.training import CheckpointConfig, seen_by_all
 from pivotjax.data import assets
 from pivotjax.jobs import assemble, output
 from pivotjax.jobs.assemble import DataConfig, ModelConfig
-from pivotjax.models import projector
+from pivotjax.models import projector, vision
 from pivotjax.models.vision import VisionTransformer
 from pivotjax.progress import say
 from pivotjax.tpu.flops import decoder_entries
@@ -182,7 +182,7 @@ def _state(
         whole = assemble.feed(sources, domains, config.data, frozen, config.training.batch, seed, split)
         return whole.part(parallel.local_share(layout.mesh, len(sources), whole.rows))
 
-    encoder, online = frozen.encoder, config.data.features == "online"
+    encoder, online = vision.in_dtype(frozen.encoder, jnp.dtype(config.model.dtype)), config.data.features == "online"
     network = Network(frozen.language.graphdef, encoder.graphdef, encoder.features, encoder.normalise)
     weights = {"language": frozen.language.params} | ({"vision": encoder.params} if online else {})
     optimizer = per_expert(adamw(config.training))

@@ -1,7 +1,6 @@
 """A recipe's training step by its shapes: from config.json and tokenizer where a model's folder is there, else from
 what is published of it. No weights are read."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ _EXPERTS = 4  # of a scenario that is not there yet
 
 
 def experts(config: PretrainConfig, given: int) -> tuple[int, int]:
-    """How many experts a recipe trains, and how many samples of each a step takes."""
+    """How many experts a recipe trains, and how many rows of samples of each a step takes."""
     data = config.data
     if given:
         domains = given
@@ -41,11 +40,12 @@ def experts(config: PretrainConfig, given: int) -> tuple[int, int]:
     else:
         domains = _EXPERTS
         say(f"the scenario {data.scenario} is not there yet: {domains} experts are assumed (--experts changes it)")
-    return (1, domains * config.training.batch) if config.joint else (domains, config.training.batch)
+    rows = config.training.batch // data.pack
+    return (1, domains * rows) if config.joint else (domains, rows)
 
 
 def described(model: ModelConfig, data: DataConfig, training: TrainingConfig, sizes: tuple[int, int]) -> Described:
-    """The step of `sizes` experts and samples of each.
+    """The step of `sizes` experts and rows of each.
 
     InputError where a model is neither there nor among the published.
     """
@@ -75,7 +75,7 @@ def described(model: ModelConfig, data: DataConfig, training: TrainingConfig, si
         layers=vision.depth_of(model.select_layer, tower.config.num_layers) if tower.config else 0,
         image=pixels if online else features,
         work=Work(*sizes, images, tower.tokens, length, targets, online),
-        training=replace(training, batch=sizes[1]),
+        training=training,
     )
 
 

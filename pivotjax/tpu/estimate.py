@@ -25,7 +25,7 @@ class Candidate(NamedTuple):
 
     Fields:
         mesh, training: the way.
-        samples: of an expert in a step.
+        samples: rows of an expert in a step.
         bytes: what a device needs, roughly.
         seconds: what a sample takes, roughly.
     """
@@ -47,7 +47,8 @@ def candidates(step: Described, where: Slice, batches: tuple[int, ...]) -> list[
 def _ways(step: Described, where: Slice, batches: tuple[int, ...]) -> Iterator[tuple[MeshConfig, str, int, int]]:
     work, heads = step.work, step.decoder.num_kv_heads
     powers = [2**i for i in range(where.chips.bit_length())]
-    for samples, fsdp, tensor, expert in itertools.product(batches or (work.samples,), powers, (1, 2, 4, 8), powers):
+    rows_of = [batch * work.samples // step.training.batch for batch in batches or (step.training.batch,)]
+    for samples, fsdp, tensor, expert in itertools.product(rows_of, powers, (1, 2, 4, 8), powers):
         data = where.chips // (fsdp * tensor * expert)
         whole = data >= 1 and work.experts % expert == 0 and samples % (data * fsdp) == 0 and heads % tensor == 0
         if not whole or (tensor > 1 and tensor > fsdp):
@@ -60,7 +61,8 @@ def _ways(step: Described, where: Slice, batches: tuple[int, ...]) -> Iterator[t
 
 
 def _candidate(step: Described, where: Slice, mesh: MeshConfig, remat: str, rows: int, samples: int) -> Candidate:
-    training = replace(step.training, accumulate=1, device_batch=rows, remat=remat, batch=samples)
+    batch = step.training.batch * samples // step.work.samples
+    training = replace(step.training, accumulate=1, device_batch=rows, remat=remat, batch=batch)
     work = step.work._replace(samples=samples)
     total = work.experts * samples
     parts = max(1, total // (mesh.expert * mesh.data * mesh.fsdp) // rows)

@@ -114,13 +114,13 @@ def _jaxprs(given: Any) -> list[Any]:
 
 
 class Work(NamedTuple):
-    """What a step is given: K experts, B samples each, and what a sample is.
+    """What a step is given: K experts, B rows each, and what a row is: a sample, or several packed.
 
     Fields:
         experts, samples: K and B.
-        images: images of a sample; more than one where samples are packed.
+        images: images of a row; more than one where samples are packed.
         visual: visual tokens of an image.
-        length: tokens of a sample, visual ones and padding included (L).
+        length: tokens of a row, visual ones and padding included (L).
         targets: positions at which the vocabulary is scored (T).
         online: the vision encoder runs inside the step.
     """

@@ -1,5 +1,6 @@
 """What `pivotjax compile` says about a step on a slice: one mapping for programs, one table for people."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -133,18 +134,24 @@ def advice(step: Described, values: dict[str, Any]) -> list[str]:
             "what is left to change: --training.attention splash (scores stay on the chip), fewer tokens (a shorter "
             "data.max_caption), more chips"
         )
+    parts = _rows(step, values["mesh"]) > (training.device_batch or sys.maxsize) or training.accumulate > 1
     if line["binds"] == "ici":
         said.append(
-            "change: a larger --training.device-batch or --training.batch (weights are gathered once a part), or a "
-            "smaller --mesh.fsdp"
+            "change: "
+            + ("a larger --training.device-batch (weights are gathered once a part), " if parts else "")
+            + "a larger --training.batch, or a smaller --mesh.fsdp"
         )
     if line["binds"] == "hbm":
         said.append(
-            "change: a larger --training.device-batch (weights are read once a part), or --training.attention splash "
-            "(scores stay on the chip)"
+            "change: "
+            + ("a larger --training.device-batch (weights are read once a part), " if parts else "a larger batch, ")
+            + "or --training.attention splash (scores stay on the chip)"
         )
     if free > 0.5 * memory["hbm_bytes"]:
-        said.append(f"{free / 2**30:.1f} GiB of a chip stay free: a smaller --mesh.fsdp or less recomputation has room")
+        room = ["a larger --training.batch or --training.device-batch"]
+        room += ["a smaller --mesh.fsdp"] if values["mesh"]["fsdp"] > 1 else []
+        room += ["--training.remat none"] if training.remat != "none" else []
+        said.append(f"{free / 2**30:.1f} GiB of a chip stay free: room for {', '.join(room)}")
     return said
 
 

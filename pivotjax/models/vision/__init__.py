@@ -24,7 +24,7 @@ from pivotjax.models.vision.vit import VisionConfig, VisionTransformer
 
 __all__ = [
     "FAMILIES", "Encoder", "Family", "Features", "VisionConfig", "VisionTransformer", "abstract", "depth_of", "encode",
-    "load_encoder", "select", "visual_features",
+    "in_dtype", "load_encoder", "select", "visual_features",
 ]  # fmt: skip
 
 # By `model_type` of config.json.
@@ -77,6 +77,16 @@ def load_encoder(path: Path, features: Features | None = None) -> Encoder:
     path, chosen = Path(path), features or Features()
     chosen = chosen._replace(kind=connectors.spatial(chosen.kind))
     return _load_folder(path, chosen) if path.is_dir() else _load_efficientnet_lite(path, chosen)
+
+
+def in_dtype(encoder: Encoder, dtype) -> Encoder:
+    """A vision transformer with weights and arithmetic in another type; other networks as they are."""
+    network = nnx.merge(encoder.graphdef, encoder.params)
+    if not isinstance(network, VisionTransformer):
+        return encoder
+    graphdef, shapes = abstract_of(lambda: VisionTransformer(network.config, dtype=dtype, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), encoder.params, shapes)
+    return encoder._replace(graphdef=graphdef, params=params)
 
 
 def encode(encoder: Encoder, images: UInt8[Array, "B S S 3"]) -> Float[Array, "B T D"]:

@@ -1,0 +1,26 @@
+"""The Colab notebook from top to bottom on a CPU, with its quick setting."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.assets
+def test_it_runs_from_top_to_bottom(assets, tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    assets("smollm2-135m", "efficientnet-lite0", "easy-vqa", "material-icons")
+    for name, value in {"PIVOTJAX_QUICK": "1", "PIVOTJAX_OUT": str(tmp_path), "JAX_PLATFORMS": "cpu"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    book = nbformat.read(ROOT / "tpu_configs" / "colab.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in book.cells)  # what is in git has not been run
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    folder = tmp_path / "colab" / "projectors"
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"icons", "shapes", "w0"}
+    assert (tmp_path / "colab" / "merged").is_dir() and (tmp_path / "colab" / "metrics.jsonl").is_file()
