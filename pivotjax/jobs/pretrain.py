@@ -10,11 +10,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from pivotjax import config as configs
 from pivotjax.checkpoints import store, torch_bridge
-from pivotjax.checkpoints.training import CheckpointConfig, seen_by_all
+from pivotjax.checkpoints.training import CheckpointConfig
 from pivotjax.data import assets
 from pivotjax.jobs import assemble, output
 from pivotjax.jobs.assemble import DataConfig, ModelConfig
@@ -100,7 +99,7 @@ class Trained:
 
     def load_domain(self, name: str) -> assemble.Domain:
         """Another domain for the same frozen models."""
-        with _cache_filled_once(self.cache):
+        with hosts.cache_filled_once(self.cache):
             return assemble.load_domain(name, self.config.data, self.frozen, self.cache, held_out_only=True)
 
     def _projector(self, params: projector.Params, name: str, domains: list[str], alive: bool) -> store.Projector:
@@ -152,13 +151,13 @@ def write(outcome: Trained) -> Path:
 
 def _trained(config: PretrainConfig) -> Trained:
     cache = assets.cache_folder(config.cache)
-    with _cache_filled_once(cache):
+    with hosts.cache_filled_once(cache):
         assets.fetch(assemble.asset_names(config.model, config.data.packaged), cache)
         names = assemble.domain_names(config.data, cache)
     sources = {"joint": list(names)} if config.joint else {name: [name] for name in names}
     rows = config.training.batch // config.data.pack * len(next(iter(sources.values())))
     layout = parallel.layout(config.parallel, parallel.make_mesh(config.mesh, len(sources), rows))
-    with _cache_filled_once(cache):
+    with hosts.cache_filled_once(cache):
         frozen = assemble.load_frozen(
             config.model, config.data, cache, lambda shapes: parallel.shardings(layout.mesh, "frozen/language", shapes)
         )
@@ -228,14 +227,3 @@ def _work(frozen: assemble.Frozen, online: bool) -> Work:
     if isinstance(tower, VisionTransformer):
         image = 2.0 * tower.config.num_patches * sum(a.size for a in jax.tree.leaves(frozen.encoder.params))
     return Work(4.0 * decoder_entries(frozen.language.config), image)
-
-
-@contextlib.contextmanager
-def _cache_filled_once(cache: Path) -> Iterator[None]:
-    """Where several processes share a cache, process 0 fills it before the others look."""
-    shared = jax.process_count() > 1 and seen_by_all(cache)
-    if shared and jax.process_index() > 0:
-        multihost_utils.sync_global_devices("the cache is filled")
-    yield
-    if shared and jax.process_index() == 0:
-        multihost_utils.sync_global_devices("the cache is filled")

@@ -18,6 +18,7 @@ import numpy as np
 from jax._src import distributed  # the coordination service's key-value store has no public name
 from jax.experimental import multihost_utils
 
+from pivotjax.checkpoints.training import seen_by_all
 from pivotjax.config import check_least
 from pivotjax.errors import InputError
 
@@ -190,3 +191,14 @@ def fetch(tree: Any) -> Any:
 def preempted(step: int) -> bool:
     """Whether all processes are to save and end after `step` because one of them was told to end (SIGTERM)."""
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def cache_filled_once(cache: Path) -> Iterator[None]:
+    """Where several processes share a cache, process 0 fills it before the others look."""
+    shared = jax.process_count() > 1 and seen_by_all(cache)
+    if shared and jax.process_index() > 0:
+        multihost_utils.sync_global_devices("the cache is filled")
+    yield
+    if shared and jax.process_index() == 0:
+        multihost_utils.sync_global_devices("the cache is filled")
