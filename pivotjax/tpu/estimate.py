@@ -38,10 +38,18 @@ class Candidate(NamedTuple):
 
 
 def candidates(step: Described, where: Slice, batches: tuple[int, ...]) -> list[Candidate]:
-    """Ways to run a step that could fit, the one that should be the fastest first."""
+    """Ways to run a step that could fit: first those that should, the fastest of them first, then those that may.
+
+    Of ways that differ only in how the batch is spread, the one that needs the least memory.
+    """
     found = [_candidate(step, where, *way) for way in _ways(step, where, batches)]
-    fitting = [one for one in found if one.bytes <= _MARGIN * where.hbm_bytes]
-    return sorted(fitting, key=lambda one: (one.seconds, one.bytes))
+    fitting = sorted((one for one in found if one.bytes <= _MARGIN * where.hbm_bytes), key=lambda one: -one.bytes)
+    kinds = {(one.samples, one.mesh.fsdp, one.mesh.tensor, *_way(one.training)): one for one in fitting}
+    return sorted(kinds.values(), key=lambda one: (one.bytes > where.hbm_bytes, one.seconds, one.bytes))
+
+
+def _way(training: TrainingConfig) -> tuple[str, int]:
+    return training.remat, training.device_batch
 
 
 def _ways(step: Described, where: Slice, batches: tuple[int, ...]) -> Iterator[tuple[MeshConfig, str, int, int]]:

@@ -159,7 +159,7 @@ def minimum(
 
     - decoder: 4 N a token: 2 N forward, 2 N for the gradient of the activations; none for frozen weights;
     - attention: 3 x (2 x 2 x d x L / 2) a token and layer: scores and mixing, once forward and twice backward, over the
-      earlier half of the sequence that a causal mask leaves, d = heads x head_dim;
+      earlier half of the sample's own sequence that a causal mask leaves, d = heads x head_dim;
     - head: 4 H a target;
     - projector: 6 M - 2 M_0 a visual token: the features need no gradient;
     - vision, where it runs in the step: 2 E a patch, and 4 x dim x tokens for its attention, which sees all tokens.
@@ -171,7 +171,7 @@ def minimum(
     kernels = [np.prod(layer["kernel"].shape[-2:], dtype=float) for _, layer in sorted(projector_sizes.items())]
     return Minimum(
         decoder=4.0 * decoder_entries(decoder) * tokens,
-        attention=6.0 * width * work.length * tokens * decoder.num_layers,
+        attention=6.0 * width * work.length / work.images * tokens * decoder.num_layers,
         head=4.0 * decoder.dim * decoder.vocab_size * rows * work.targets,
         projector=(6 * sum(kernels) - 2 * kernels[0]) * rows * work.images * work.visual,
         vision=_vision(vision, layers) * rows * work.images if work.online and vision else 0.0,

@@ -20,7 +20,7 @@ EXPERTS, ROWS, STEPS = 4, 8, 4
 CASES = {
     "one device": ((1, 1, 1, 1), {}),
     "data": ((1, 8, 1, 1), {"loss_chunk": 2}),
-    "data, experts": ((2, 2, 2, 1), {"accumulate": 2}),
+    "data, experts": ((2, 2, 2, 1), {"device_batch": 2}),
     "experts, tensor": ((4, 1, 1, 2), {"remat": "dots"}),
     "everything": ((1, 2, 2, 2), {"remat": "layers", "accumulate": 2}),
     "fsdp": ((1, 1, 8, 1), {"remat": "layers"}),

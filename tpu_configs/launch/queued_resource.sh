@@ -2,7 +2,7 @@
 # Asks Google Cloud for a TPU slice, waits for it, and runs pivotjax on all of its workers.
 #   PROJECT=my-project ZONE=us-west4-a tpu_configs/launch/queued_resource.sh v5e-256 pretrain train/llava15-7b-cc12m.yaml
 # PROJECT, ZONE: where. NAME: of the TPU (default: pivotjax-SLICE). SPOT=1: cheaper, and taken away at any time; the same
-# command asks for another one and the run goes on from its last checkpoint (set `out` or `checkpoints.folder` to gs://).
+# command asks for another one and the run goes on from its last checkpoint (--checkpoints.folder gs://...).
 # PACKAGE: what pip installs on the workers (default: this folder).
 set -euo pipefail
 
