@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, hashes, output folders."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -54,10 +55,12 @@ def output_folder(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, keep: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path` (file or folder, up to the caller) and renames it there on success.
 
     On any failure the temporary is removed and what was at `path` stays. A full disk becomes an InputError.
+    `keep`: a folder that is at `path` by then stays, and the temporary goes: another process made the same, and
+    others may have mapped its files.
     """
     path = Path(path)
     output_folder(path.parent)
@@ -66,9 +69,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        if temporary.is_dir() and path.is_dir():
+        if temporary.is_dir() and path.is_dir() and not keep:
             path.rename(work / "replaced")
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if not (keep and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):
+                raise
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"

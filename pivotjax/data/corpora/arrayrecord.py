@@ -147,25 +147,24 @@ def _reader(path: str) -> ArrayRecordReader:
         raise OSError(str(error).split(";")[0]) from error
 
 
-def count(path: str) -> int:
-    """Records of a file; OSError where it cannot be read."""
+def measure(path: str) -> tuple[int, int]:
+    """Records and bytes of a file; OSError where it cannot be read."""
     if not os.path.isfile(path):  # the reader would wait for ever on a pipe
         raise OSError("no such file")
     records = _reader(path).num_records()
     if not records:  # a file that lost its end has no index and reads as empty
         raise OSError("it has no records: it is empty, or its end is missing")
-    return records
+    return records, os.path.getsize(path)
 
 
 def _open(config: base.CorpusConfig, cache: Path) -> ArrayRecordCorpus:
     if is_remote(config.path):
         raise InputError(f"ArrayRecord files are not read from {config.path}; copy or mount the bucket (gcsfuse)")
     files = base.find_files(config.path, _SUFFIXES, "ArrayRecord file")
-    counts, lost = base.survey(files, count, config)
-    identity = base.identity(config, zip(base.short_names(list(counts)), counts.values()))
-    return ArrayRecordCorpus(
-        tuple(counts), tuple(accumulate(counts.values())), identity, lost, Opened(_reader, _MOST_OPEN)
-    )
+    found, lost = base.survey(files, measure, config)
+    identity = base.identity(config, zip(base.short_names(list(found)), found.values()))
+    ends = tuple(accumulate(records for records, _ in found.values()))
+    return ArrayRecordCorpus(tuple(found), ends, identity, lost, Opened(_reader, _MOST_OPEN))
 
 
 FORMAT = base.Format("arrayrecord", _open)

@@ -21,13 +21,13 @@ from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
 from pivotjax.files import atomic_path
 
-_INDEX = 1  # part of every index's name: raise it when the layout changes
+_INDEX = 2  # part of every index's name: raise it when the layout changes
 _SPEAKER = "gpt"
 
 
 @dataclass(frozen=True)
 class LlavaJson:
-    """`table`: `key`, `image` (path below `folder`) and `caption` of every entry; `bad`: 0, or its reason's place in
+    """`table`: `image` (path below `folder`) and `caption` of every entry; `bad`: 0, or its reason's place in
     `REASONS` + 1."""
 
     folder: str
@@ -40,15 +40,21 @@ class LlavaJson:
 
     def __getitem__(self, index: int) -> Item:
         row = base.checked_index(index, len(self))
-        caption, key = self.caption(row), self._text("key", row)
+        caption, key = self.caption(row), self._key(row)
         return base.make_item(key, caption, self._image(self._text("image", row), key))
 
     def caption(self, index: int) -> str:
         row = base.checked_index(index, len(self))
-        key = self._text("key", row)
+        key = self._key(row)
         if bad := int(self.table["bad"][row]):
             raise BadSample(REASONS[bad - 1], key)
         return base.checked_caption(self.table.text("caption", row), key)
+
+    def _key(self, row: int) -> str:
+        """Picture and number of the entry: pictures come again, and a mixture's begin with the name of their data set
+        (coco/train2017/000000000009.jpg)."""
+        image = self._text("image", row)
+        return f"{image}/{row}" if image else str(row)
 
     def _text(self, column: str, row: int) -> str:
         return self.table.text(column, row).decode("utf-8", "replace")
@@ -103,27 +109,26 @@ def _entries(data: bytes, where: str) -> list:
 
 
 def _write_table(path: Path, entries: list, speaker: str) -> None:
-    rows = [_row(entry, number, speaker) for number, entry in enumerate(entries)]
-    with atomic_path(path) as folder:
+    rows = [_row(entry, speaker) for entry in entries]
+    with atomic_path(path, keep=True) as folder:
         folder.mkdir()
-        for place, column in enumerate(("key", "image", "caption")):
+        for place, column in enumerate(("image", "caption")):
             write_texts(folder, column, [row[place].encode("utf-8", "replace") for row in rows])
-        write_column(folder, "bad", np.uint8, [np.array([row[3] for row in rows])], len(rows))
+        write_column(folder, "bad", np.uint8, [np.array([row[2] for row in rows])], len(rows))
 
 
-def _row(entry: Any, number: int, speaker: str) -> tuple[str, str, str, int]:
-    """Key, image, caption, and the reason why not."""
+def _row(entry: Any, speaker: str) -> tuple[str, str, int]:
+    """Image, caption, and the reason why not."""
     broken, missing = (REASONS.index(reason) + 1 for reason in ("broken record", "missing image"))
     if not isinstance(entry, dict):
-        return str(number), "", "", broken
-    name, image = entry.get("id"), entry.get("image")
-    key = f"{number}/{name}" if isinstance(name, str | int) else str(number)
+        return "", "", broken
+    image = entry.get("image")
     if not isinstance(image, str) or not image:
-        return key, "", "", missing if image is None or image == "" else broken
+        return "", "", missing if image is None or image == "" else broken
     turns = entry.get("conversations")
     turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     said = next((turn.get("value") for turn in turns if turn.get("from") == speaker), None)
-    return (key, image, said, 0) if isinstance(said, str) else (key, image, "", broken)
+    return (image, said, 0) if isinstance(said, str) else (image, "", broken)
 
 
 FORMAT = base.Format("llava_json", _open)

@@ -88,8 +88,9 @@ def _open(config: base.CorpusConfig, cache: Path) -> TfdsCorpus:
         raise InputError(f"{config.path} is not ArrayRecord; prepare it with file_format=array_record")
     image = _chosen(config.image, _IMAGES, info.features, config.path)
     caption = _chosen(config.caption, _CAPTIONS, info.features, config.path)
-    _, lost = base.survey([file.filename for file in split.file_instructions], arrayrecord.count, config)
-    return TfdsCorpus(config.path, config.split, image, caption, base.identity(config, parts), lost)
+    found, lost = base.survey([file.filename for file in split.file_instructions], arrayrecord.measure, config)
+    identity = base.identity(config, [*parts, *found.values()])
+    return TfdsCorpus(config.path, config.split, image, caption, identity, lost)
 
 
 def _chosen(wanted: str | None, usual: Sequence[str], features: Any, where: str) -> str:

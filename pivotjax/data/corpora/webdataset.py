@@ -205,7 +205,7 @@ def _joined(shards: Sequence[_Shard], folder: Path) -> Table:
     digest = hashlib.sha256(json.dumps([(shard.index.stem, shard.stamp) for shard in shards]).encode()).hexdigest()
     path, total = folder / f"webdataset-{digest[:32]}", sum(shard.samples for shard in shards)
     if not path.is_dir():
-        with atomic_path(path) as temporary:
+        with atomic_path(path, keep=True) as temporary:
             temporary.mkdir()
             for name in _NUMBERS:
                 write_column(temporary, name, np.int64, (_column(shard, name) for shard in shards), total)
