@@ -1,6 +1,7 @@
 """Parts from a config: the frozen models, the caption encoder, the feature files of every domain and split."""
 
 import functools
+import hashlib
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -133,11 +134,18 @@ class Domain:
     """One domain's samples by split, and what was left out of it.
 
     Those set apart for calibration and test are always features; those for training may be pictures.
+
+    Fields:
+        name: the domain's.
+        splits: its samples; without `train` where it was loaded for evaluation alone.
+        dropped: how many samples were left out, by reason.
+        identity: SHA-256 over the samples of all its splits, used or not: what a run that goes on has to find again.
     """
 
     name: str
     splits: dict[Split, Samples]
     dropped: dict[str, int]
+    identity: str
 
 
 def asset_names(model: ModelConfig, domain_names: Sequence[str]) -> list[str]:
@@ -269,7 +277,8 @@ def _packaged_domain(name: str, data: DataConfig, frozen: Frozen, decoder: Decod
                 f"{name}-{split}", chosen[split], frozen.encoder, cache / "features", render=render, variant=variant
             )
             splits[split] = features.FeatureSource(path, name)
-    return Domain(name, splits, {"caption longer than data.max_caption": too_long})
+    keys = {split: "\n".join(item.key for item in items) for split, items in chosen.items()}
+    return Domain(name, splits, {"caption longer than data.max_caption": too_long}, _identity(keys))
 
 
 def _large_domain(
@@ -304,7 +313,13 @@ def _large_domain(
         stored = features.ShardedFeatures(path, name)
         dropped.update(stored.dropped())
         splits[split] = stored if split == "train" else _fitting(stored, corpus, frozen.captioner, dropped)
-    return Domain(name, splits, dict(dropped))
+    identity = _identity({split: corpus.identity for split, corpus in corpora.items()})
+    return Domain(name, splits, dict(dropped), identity)
+
+
+def _identity(splits: Mapping[Split, str]) -> str:
+    """A hash of what stands for each split."""
+    return hashlib.sha256("\0".join(splits[split] for split in SPLITS).encode()).hexdigest()
 
 
 def _fitting(

@@ -84,6 +84,21 @@ def test_a_corpus_in_its_splits(tmp_path, data, frozen):
         assemble.load_domain("web", replace(data, test=55), frozen, tmp_path / "cache")
 
 
+def test_a_domain_is_known_by_its_samples(tmp_path, shard, data, frozen):
+    """A run that goes on on changed data can tell: by the corpus, and by what of it is used."""
+
+    def identity(**changes) -> str:
+        domain = assemble.load_domain("web", replace(data, **changes), frozen, tmp_path / "cache", held_out_only=True)
+        return domain.identity
+
+    first = identity()
+    assert identity(features="online", max_caption=7) == first
+    assert len({first, identity(train=5), identity(split_seed=1), identity(test=11)}) == 4
+    with tarfile.open(shard, "a") as tar:
+        tar.addfile(tarfile.TarInfo("more.txt"))
+    assert identity() != first
+
+
 def _captions(samples) -> list[str]:
     good = []
     for i in range(len(samples)):
