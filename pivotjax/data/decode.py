@@ -1,6 +1,7 @@
 """From a sample's bytes to pixels, as fast as Pillow; whatever is wrong with them has one of a few names."""
 
 import io
+import math
 import re
 import warnings
 from typing import Literal, NamedTuple
@@ -29,6 +30,7 @@ SHORTEST_EDGE = 8  # pixels: below it a picture shows nothing
 MOST_ASPECT = 20  # longer edge by shorter
 MOST_PIXELS = 1 << 26  # of a picture while it is decoded: 268 MB
 MOST_BYTES = 1 << 27  # of an image file
+_ENOUGH = 200  # samples read before the share of bad ones says anything
 
 # Those that pictures on the web have. Others stay closed: Pillow would give PostScript to another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
@@ -46,6 +48,13 @@ class BadSample(ValueError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def too_many(bad: int, read: int, limit: float) -> bool:
+    """Whether so many bad samples among those read show that more than a share `limit` is bad: by four standard errors,
+    so that chance stops no data below it."""
+    margin = 4 * math.sqrt(max(limit * (1 - limit) * read, 0))
+    return read >= _ENOUGH and bad > limit * read + margin
 
 
 class Decoded(NamedTuple):

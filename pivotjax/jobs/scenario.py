@@ -43,6 +43,8 @@ class ScenarioConfig:
     domains: DomainsConfig = field(default_factory=DomainsConfig)
     duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     splits: SplitsConfig = field(default_factory=SplitsConfig)
+    bad_limit: float = 0.05
+    """Share of bad samples in a block of 16,384 above which the run stops."""
     seed: int = 0
     """Seed of all that is random."""
     workers: int = 0
@@ -51,6 +53,9 @@ class ScenarioConfig:
     """Processes that share the reading; all have to see the cache."""
     cache: Path | None = None
     """Folder for downloads, indices and embeddings (default: $PIVOTJAX_CACHE, else ~/.cache/pivotjax)."""
+
+    def __post_init__(self) -> None:
+        configs.check_least(self, bad_limit=0)
 
 
 def main(args: Sequence[str]) -> None:
@@ -71,7 +76,8 @@ def run(config: ScenarioConfig) -> Path:
 
 def _run(config: ScenarioConfig) -> Path:
     cache = assets.cache_folder(config.cache)
-    pool = Pool({name: open_corpus(corpus, cache) for name, corpus in config.corpora.items()})
+    with hosts.cache_filled_once(cache):
+        pool = Pool({name: open_corpus(corpus, cache) for name, corpus in config.corpora.items()})
     if _is_there(config, pool):
         say(f"scenario: {config.out} (was there)")
         return config.out
@@ -79,7 +85,7 @@ def _run(config: ScenarioConfig) -> Path:
     wanted = [*splitter.columns(config.domains.options), *duplicates.columns(config.duplicates)]
     if splitter.embeds:
         wanted.append(embeddings.column(config.domains.clustering, lambda name: assemble.weights(name, cache)))
-    stored = columns.scan(pool, wanted, cache / "scenarios", config.workers)
+    stored = columns.scan(pool, wanted, cache / "scenarios", config.workers, config.bad_limit)
     if jax.process_index() == 0:
         _split(config, pool, stored)
     if jax.process_count() > 1:
@@ -109,7 +115,9 @@ def _split(config: ScenarioConfig, pool: Pool, stored: dict[str, columns.Stored]
     good = reasons == columns.GOOD
     bad = Counter(columns.bad(reasons))
     if not good.any():
-        raise InputError(f"none of {len(pool)} samples can be used ({dict(bad)}); check the corpora")
+        raise InputError(f"none of {len(pool)} samples can be used ({columns.listed(bad)}); check the corpora")
+    if bad:
+        say(f"scenario: {bad.total():,} of {len(pool):,} samples left out: {columns.listed(bad)}")
     options = config.domains
     request = Request(pool, stored, keys, good, options.count, config.seed, options.clustering)
     assigned = SPLITTERS[options.by].assign(options.options, request)
@@ -153,7 +161,7 @@ def _write(config: ScenarioConfig, pool: Pool, about: dict[str, Any], indices, k
 
 def _recipe(config: ScenarioConfig) -> dict[str, Any]:
     """What decides the scenario: not where it lies, nor how fast it was made."""
-    left_out = ("out", "cache", "workers", "hosts")
+    left_out = ("out", "cache", "workers", "hosts", "bad_limit")
     return {name: value for name, value in configs.resolved(config).items() if name not in left_out}
 
 

@@ -8,7 +8,8 @@ number of hosts changes nothing. Memory: one block of each column, whatever the 
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Int8, UInt8
 
-from pivotjax.data.decode import REASONS, BadSample, decode
+from pivotjax.data.decode import REASONS, BadSample, decode, too_many
 from pivotjax.data.scenarios import arrays, hashing
 from pivotjax.data.scenarios.pool import Pool
 from pivotjax.errors import InputError
@@ -109,7 +110,9 @@ class Stored:
         return rows
 
 
-def scan(pool: Pool, columns: Sequence[Column], folder: Path, workers: int = 0) -> dict[str, Stored]:
+def scan(
+    pool: Pool, columns: Sequence[Column], folder: Path, workers: int = 0, bad_limit: float = 1.0
+) -> dict[str, Stored]:
     """All columns of a pool, and always "keys" (64-bit hashes) and "reasons" (int8: GOOD or an index of REASONS).
 
     With several processes each computes every n-th block; they need a `folder` that all of them see.
@@ -119,9 +122,11 @@ def scan(pool: Pool, columns: Sequence[Column], folder: Path, workers: int = 0) 
         columns: what to compute.
         folder: of the blocks.
         workers: threads that read and decode; 0: one a core.
+        bad_limit: share of a block's samples that may be bad. A block with more is not kept: a disk that was away for
+            a while would be remembered as bad samples.
 
     Raises:
-        InputError: the folder cannot be written, or not all processes see it.
+        InputError: the folder cannot be written, not all processes see it, or too many samples of a block are bad.
     """
     columns = [KEYS, REASON, *columns]
     side = max(c.pixels for c in columns) or (_SIDE if any(c.pixels for c in columns) else 0)
@@ -133,7 +138,7 @@ def scan(pool: Pool, columns: Sequence[Column], folder: Path, workers: int = 0) 
     ]
     mine = [(number, todo) for number, todo in missing if number % jax.process_count() == jax.process_index()]
     if mine:
-        _compute(pool, mine, stored, side, workers)
+        _compute(pool, mine, stored, side, workers, bad_limit)
     _meet(stored, missing)
     return stored
 
@@ -145,30 +150,58 @@ def bad(reasons: Int8[np.ndarray, " N"]) -> dict[str, int]:
 
 
 def _compute(
-    pool: Pool, blocks: list[tuple[int, list[Column]]], stored: dict[str, Stored], side: int, workers: int
+    pool: Pool,
+    blocks: list[tuple[int, list[Column]]],
+    stored: dict[str, Stored],
+    side: int,
+    workers: int,
+    bad_limit: float,
 ) -> None:
     with ThreadPoolExecutor(workers or os.cpu_count()) as threads, Bar(_samples(blocks, pool), "scan", "sample") as bar:
         for number, todo in blocks:
             samples = range(number * BLOCK, min((number + 1) * BLOCK, len(pool)))
-            for name, values in _block(pool, todo, samples, side, threads, bar).items():
+            for name, values in _block(pool, todo, samples, side, threads, bar, bad_limit).items():
                 _write(stored[name].folder / f"{number}.npy", values)
 
 
 def _block(
-    pool: Pool, columns: Sequence[Column], block: range, side: int, threads: ThreadPoolExecutor, bar: Bar
+    pool: Pool,
+    columns: Sequence[Column],
+    block: range,
+    side: int,
+    threads: ThreadPoolExecutor,
+    bar: Bar,
+    bad_limit: float,
 ) -> dict[str, np.ndarray]:
     size = _ROWS * jax.local_device_count()
     batches = [block[start : start + size] for start in range(0, len(block), size)]
     ahead = [threads.submit(_sample, pool, index, side) for index in batches[0]]
     parts: dict[str, list[np.ndarray]] = {column.name: [] for column in columns}
+    found: Counter[str] = Counter()
     for number, batch in enumerate(batches):
         following = batches[number + 1] if number + 1 < len(batches) else ()
         samples, ahead = ahead, [threads.submit(_sample, pool, index, side) for index in following]
         rows = _rows([sample.result() for sample in samples], size, side)
+        found.update(bad(rows.reasons))
+        _check(found, block, bad_limit)
         for column in columns:
             parts[column.name].append(column(rows)[: len(batch)])
         bar.update(len(batch))
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def _check(found: Counter[str], block: range, limit: float) -> None:
+    """InputError as soon as the bad samples found are too many for the whole block."""
+    if too_many(found.total(), len(block), limit):
+        raise InputError(
+            f"over {limit:.0%} of the samples {block[0]} to {block[-1]} cannot be used ({listed(found)}); mend the data "
+            "and start again, or raise bad_limit"
+        )
+
+
+def listed(found: Mapping[str, int]) -> str:
+    """Bad samples by reason, as text."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in found.items())
 
 
 def _sample(pool: Pool, index: int, side: int) -> tuple[str, str, int, np.ndarray | None]:

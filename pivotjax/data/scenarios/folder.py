@@ -13,7 +13,7 @@ from jaxtyping import Int64
 from pivotjax import config as configs
 from pivotjax import files
 from pivotjax.data import assets
-from pivotjax.data.corpora import CorpusConfig, open_corpus
+from pivotjax.data.corpora import Corpus, CorpusConfig, open_corpus
 from pivotjax.data.domains import SPLITS, Split
 from pivotjax.data.scenarios import arrays
 from pivotjax.data.scenarios.pool import Pool
@@ -63,15 +63,17 @@ class Scenario:
     domains: dict[str, dict[Split, Subset]]
 
 
-def load(path: Path, cache: Path | None = None) -> Scenario:
+def load(path: Path, cache: Path | None = None, corpora: Mapping[str, CorpusConfig] | None = None) -> Scenario:
     """Opens a scenario's folder and its corpora.
 
     Args:
         path: what `pivotjax scenario` wrote.
         cache: where the corpora keep their indices (default: `assets.cache_folder()`).
+        corpora: where they are, by the scenario's names, if not where they were when it was made.
 
     Raises:
-        InputError: there is no scenario, it is damaged, or a corpus is not the one that it was made of.
+        InputError: there is no scenario, it is damaged, or a corpus is not the one that it was made of; or it has no
+            corpus of a name in `corpora`.
     """
     path = Path(path)
     if not (path / MANIFEST).is_file():
@@ -79,7 +81,10 @@ def load(path: Path, cache: Path | None = None) -> Scenario:
     manifest = files.read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path} has scenario format {manifest.get('format')!r}, not {FORMAT}; make it again")
-    pool = Pool({name: _corpus(path, name, about, cache) for name, about in manifest["corpora"].items()})
+    moved = corpora or {}
+    for name in moved.keys() - manifest["corpora"].keys():
+        raise InputError(f"{path} was made of no corpus {name}; its corpora are {', '.join(manifest['corpora'])}")
+    pool = Pool({name: _corpus(path, name, about, cache, moved) for name, about in manifest["corpora"].items()})
     domains = {
         name: {split: _subset(path, name, split, facts, pool) for split, facts in domain["splits"].items()}
         for name, domain in manifest["domains"].items()
@@ -103,11 +108,14 @@ def _file(folder: Path, domain: str, split: Split) -> Path:
     return folder / f"{domain}.{split}.npy"
 
 
-def _corpus(path: Path, name: str, about: dict[str, Any], cache: Path | None):
-    config = configs.from_dict(CorpusConfig, about["config"], where=str(path / MANIFEST))
+def _corpus(
+    path: Path, name: str, about: dict[str, Any], cache: Path | None, moved: Mapping[str, CorpusConfig]
+) -> Corpus:
+    config = moved.get(name) or configs.from_dict(CorpusConfig, about["config"], where=str(path / MANIFEST))
     corpus = open_corpus(config, assets.cache_folder(cache))
     if corpus.identity != about["identity"]:
-        raise InputError(f"the corpus {name} of {path} has changed since ({config.path}); make the scenario again")
+        what = "is another at" if name in moved else "has changed since at"
+        raise InputError(f"the corpus {name} of {path} {what} {config.path}; give what it was made of, or make it again")
     return corpus
 
 

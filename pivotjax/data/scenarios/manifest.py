@@ -1,6 +1,7 @@
 """What a scenario's manifest and sheet say: counts, telling words, examples."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +65,7 @@ def domains(
         examples: what the sheet shows.
     """
     captions = {
-        name: [pool.caption(int(sample)) for sample in bar(samples[:_COUNTED], f"words of {name}", unit="caption")]
+        name: list(_captions(pool, bar(samples[:_COUNTED], f"words of {name}", unit="caption")))
         for name, samples in order.items()
     }
     telling = words.telling(captions)
@@ -77,6 +78,13 @@ def domains(
         }
         for name, splits in indices.items()
     }
+
+
+def _captions(pool: Pool, samples: Iterable[int]) -> Iterator[str]:
+    """Those that can be read: one that no longer can is no reason to end a long run."""
+    for sample in samples:
+        with contextlib.suppress(BadSample):
+            yield pool.caption(int(sample))
 
 
 def groups(found: Int64[np.ndarray, " N"]) -> dict[str, int]:

@@ -1,13 +1,17 @@
 """Domains by where samples come from."""
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from pivotjax.data.decode import BadSample
 from pivotjax.data.scenarios import hashing
 from pivotjax.data.scenarios.base import OUT, Assignment, Request, Splitter
 from pivotjax.data.scenarios.columns import Column, Rows, Simple
+from pivotjax.data.scenarios.pool import Pool
 from pivotjax.errors import InputError
 
 _MOST = 256  # domains
@@ -40,13 +44,22 @@ def assign(options: SourceConfig, request: Request) -> Assignment:
         domains = request.pool.number(np.arange(len(request.good))).astype(np.int16)
         return Assignment(tuple(request.pool.corpora), np.where(request.good, domains, OUT))
     prefixes = request.columns["prefix"].map()
-    values, first, number = np.unique(prefixes[request.good], return_index=True, return_inverse=True)
+    values, number = np.unique(prefixes[request.good], return_inverse=True)
     if len(values) > _MOST:
         raise InputError(f"the keys have {len(values)} different beginnings, over {_MOST}; split by corpus instead")
-    names = [_prefix(request.pool[int(sample)].key) for sample in np.flatnonzero(request.good)[first]]
+    good = np.flatnonzero(request.good)
+    names = [_name(request.pool, good[number == place]) for place in range(len(values))]
     domains = np.full(len(request.good), OUT, np.int16)
     domains[request.good] = np.argsort(np.argsort(names))[number]
     return Assignment(tuple(sorted(names)), domains)
+
+
+def _name(pool: Pool, samples: Iterable[int]) -> str:
+    """What the keys of these samples begin with, from the first that can still be read."""
+    for sample in samples:
+        with contextlib.suppress(BadSample):
+            return _prefix(pool[int(sample)].key)
+    raise InputError("samples that could be read before cannot be any more; check the corpora and start again")
 
 
 SPLITTER = Splitter("by corpus, or by the first part of the keys", assign, columns)
