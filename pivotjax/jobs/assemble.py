@@ -61,7 +61,8 @@ class DataConfig:
     scenario: Path | None = None
     """Folder of a scenario, as `pivotjax scenario` writes it: its domains are trained on, one expert each."""
     corpora: dict[str, CorpusConfig] = field(default_factory=dict)
-    """Corpora to train on by name, each one a domain; some of them are set apart for calibration and test."""
+    """Corpora to train on by name, each one a domain; some of them are set apart for calibration and test. With a
+    scenario: where its corpora of these names are, if not where they were when it was made."""
     weights: dict[str, float] = field(default_factory=dict)
     """Shares of the domains in a joint projector's batches (default: equal)."""
     template: Template = "prompt"
@@ -99,8 +100,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         configs.check_least(self, max_caption=1, calibration=0, test=0, bad_limit=0, pack=1, row_tokens=0, workers=0)
-        if self.scenario is not None and self.corpora:
-            raise InputError("scenario and corpora are both given; a scenario brings its corpora, so leave them out")
 
     @property
     def packaged(self) -> tuple[str, ...]:
@@ -157,12 +156,14 @@ def asset_names(model: ModelConfig, domain_names: Sequence[str]) -> list[str]:
 def domain_names(data: DataConfig, cache: Path) -> tuple[str, ...]:
     """The domains that are trained on: a scenario's, the corpora, or packaged ones."""
     if data.scenario is not None:
-        return tuple(_scenario(data.scenario, cache).domains)
+        return tuple(_scenario(data, cache).domains)
     return tuple(data.corpora) or data.domains
 
 
 def open_corpora(data: DataConfig, cache: Path) -> dict[str, Corpus]:
-    """The corpora of the config by name; their indices are made where they are missing."""
+    """The corpora of the config by name, but for a scenario's; their indices are made where they are missing."""
+    if data.scenario is not None:
+        return {}
     return {name: open_corpus(config, cache) for name, config in data.corpora.items()}
 
 
@@ -214,12 +215,12 @@ def load_domain(
     of the config, if they are open already.
     """
     decoder = Decoder(frozen.fit, data.non_rgb)
-    if data.scenario is not None and name in _scenario(data.scenario, cache).domains:
-        whole = _scenario(data.scenario, cache).domains[name]
+    if data.scenario is not None and name in _scenario(data, cache).domains:
+        whole = _scenario(data, cache).domains[name]
         limits = {"train": data.train, "calibration": data.calibration, "test": data.test}
         splits = {split: parts.limited(whole[split], limit, data.split_seed) for split, limit in limits.items()}
         return _large_domain(name, splits, {}, data, frozen, decoder, cache, held_out_only)
-    if name in data.corpora:
+    if data.scenario is None and name in data.corpora:
         corpus = corpora[name] if corpora else open_corpus(data.corpora[name], cache)
         limits = {"train": data.train, "calibration": data.calibration, "test": data.test}
         splits = parts.split(name, corpus, limits, data.split_seed)
@@ -251,9 +252,13 @@ def feed(
     )
 
 
+def _scenario(data: DataConfig, cache: Path) -> scenarios.Scenario:
+    return _loaded(data.scenario, cache, tuple(data.corpora.items()))
+
+
 @functools.lru_cache(maxsize=1)
-def _scenario(path: Path, cache: Path) -> scenarios.Scenario:
-    return scenarios.load(path, cache)
+def _loaded(path: Path, cache: Path, corpora: tuple[tuple[str, CorpusConfig], ...]) -> scenarios.Scenario:
+    return scenarios.load(path, cache, dict(corpora))
 
 
 def _packaged_domain(name: str, data: DataConfig, frozen: Frozen, decoder: Decoder, cache: Path) -> Domain:

@@ -152,8 +152,15 @@ def test_a_scenarios_domains(tmp_path, data, frozen):
     assert numbers([drawn[i] for i in range(len(drawn))]) < set(range(10, 20))
     batch = batches(config, frozen, loaded, 1)[0]
     assert batch["features"].shape == (2, 8, 1, 4, 3)
-    with pytest.raises(InputError, match="scenario and corpora are both given"):
-        DataConfig(scenario=folder, corpora=data.corpora)
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    moved = replace(config, corpora={"web": replace(data.corpora["web"], path=str(tmp_path / "moved"))})
+    there = assemble.load_domain("high", moved, frozen, cache)
+    assert numbers([there.splits["test"][i] for i in range(10)]) == set(range(50, 60))
+    assert assemble.domain_names(moved, cache) == ("low", "high") and there.identity == loaded["high"].identity
+    with pytest.raises(InputError, match="unknown domain 'web'"):  # the scenario's corpora are no domains
+        assemble.load_domain("web", moved, frozen, cache)
+    with pytest.raises(InputError, match="was made of no corpus other; its corpora are web"):
+        assemble.domain_names(replace(moved, corpora={"other": moved.corpora["web"]}), cache)
 
 
 def test_the_config_reads_corpora_and_weights():

@@ -194,8 +194,8 @@ def _check(found: Counter[str], block: range, limit: float) -> None:
     """InputError as soon as the bad samples found are too many for the whole block."""
     if too_many(found.total(), len(block), limit):
         raise InputError(
-            f"over {limit:.0%} of the samples {block[0]} to {block[-1]} cannot be used ({listed(found)}); mend the data "
-            "and start again, or raise bad_limit"
+            f"over {limit:.0%} of the samples {block[0]} to {block[-1]} cannot be used ({listed(found)}); mend the "
+            "data and start again, or raise bad_limit"
         )
 
 

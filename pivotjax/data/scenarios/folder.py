@@ -115,7 +115,7 @@ def _corpus(
     corpus = open_corpus(config, assets.cache_folder(cache))
     if corpus.identity != about["identity"]:
         what = "is another at" if name in moved else "has changed since at"
-        raise InputError(f"the corpus {name} of {path} {what} {config.path}; give what it was made of, or make it again")
+        raise InputError(f"the corpus {name} of {path} {what} {config.path}; restore it, or make the scenario again")
     return corpus
 
 
