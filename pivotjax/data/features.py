@@ -1,7 +1,6 @@
 """The frozen encoder's features, computed once and kept on disk; training and evaluation read them, not images."""
 
 import bisect
-import contextlib
 import hashlib
 import json
 import math
@@ -21,7 +20,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxtyping import UInt8
 
 from pivotjax.data.corpora import Corpus
-from pivotjax.data.decode import BadSample
+from pivotjax.data.corpora.arrayrecord import plain_errors
+from pivotjax.data.corpora.opened import Opened
+from pivotjax.data.decode import BadSample, too_many
 from pivotjax.data.images import render
 from pivotjax.data.sources.base import Item
 from pivotjax.data.stream import Sample
@@ -36,7 +37,7 @@ Render = Callable[[Item, int], UInt8[np.ndarray, "S S 3"]]
 _FORMAT = 1  # part of every file's name: raise it when rendering or the record layout changes
 _WRITER = "group_size:1,uncompressed"  # random access; float16 noise does not compress
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # the same
-_RENDERERS = 2  # threads, each one batch ahead
+_MOST_OPEN = 64  # shards, in a process
 _TYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _ABOUT = 400  # bytes of a record beside its features, roughly
 _SHARD = ".arrayrecord"
@@ -81,6 +82,8 @@ def build_shards(
     dtype: StoredType = "float16",
     batch: int = 32,
     shard: int = 4096,
+    threads: int = 2,
+    bad_limit: float = 0.05,
 ) -> Path:
     """Renders and encodes a corpus of any size into a folder of ArrayRecords of `shard` samples each; returns it.
 
@@ -98,9 +101,12 @@ def build_shards(
         dtype: type in which features are stored.
         batch: images encoded at once.
         shard: samples a shard.
+        threads: that render, each a batch ahead.
+        bad_limit: share of samples that may be bad.
 
     Raises:
-        InputError: the corpus is empty, the disk has no room for it, or the folder cannot be written.
+        InputError: the corpus is empty, too much of it is bad, the disk has no room for it, or the folder cannot be
+            written.
     """
     if not len(corpus):
         raise InputError(f"{name} has no samples to encode; choose another domain or larger limits")
@@ -114,13 +120,17 @@ def build_shards(
         return path
     total = sum(map(len, ranges.values()))
     _check_room(name, path, total, encoder)
+    found, tried = Counter[str](), 0
     with Bar(total, f"encode {name}", unit="image") as bar:
         for number, indices in ranges.items():
             if _is_whole(path, number):  # another process has made it
                 bar.update(len(indices))
                 continue
             with atomic_path(path / f"{number:05}{_SHARD}") as temporary:
-                bad = _write(temporary, _encoded(corpus, indices, encoder, render, batch), dtype, bar)
+                bad = _write(temporary, _encoded(corpus, indices, encoder, render, batch, threads), dtype, bar)
+                found, tried = found + Counter(bad.values()), tried + len(indices)
+                if found.total() == len(corpus) or too_many(found.total(), tried, bad_limit):
+                    raise _spoilt(name, found, tried, bad_limit)  # perhaps for a while: nothing of it is kept
                 write_json(path / f"{number:05}.json", {"samples": len(indices), "bad": bad})  # there before its shard
     return path
 
@@ -135,6 +145,14 @@ def _check_room(name: str, path: Path, samples: int, encoder: vision.Encoder) ->
             "give a larger disk by `cache`, or set data.features to online"
         )
     say(f"encode {name}: {samples} images, {need / 1e9:.2f} GB to write in {path}")
+
+
+def _spoilt(name: str, bad: Counter[str], tried: int, limit: float) -> InputError:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
+    return InputError(
+        f"{bad.total()} of {tried} samples of {name} are bad ({reasons}), data.bad_limit is {limit}; mend the data or "
+        "raise the limit, and run again: finished shards stay"
+    )
 
 
 def _is_whole(path: Path, number: int) -> bool:
@@ -162,10 +180,11 @@ class FeatureSource:
         """Sample `index`; InputError where the file is truncated or damaged."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"{index} is outside the {len(self)} samples of {self.path}")
-        try:
-            return _unpack(self._reader.read([index % len(self)])[0])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise _damaged(self.path) from error
+        return _sample(self._reader, index % len(self), self.path)
+
+    def key(self, index: int) -> str:
+        """The sample's name."""
+        return self[index]["key"]
 
     def __getstate__(self) -> dict:
         return {"path": self.path, "name": self.name}  # an open reader stays behind
@@ -176,7 +195,8 @@ class FeatureSource:
 
 class _Shard(NamedTuple):
     first: int  # number of its first sample
-    records: FeatureSource
+    samples: int  # the bad ones included
+    path: Path
     bad: dict[int, str]  # by place in the shard
     places: list[int]  # the same places, ascending
 
@@ -197,19 +217,19 @@ class ShardedFeatures:
         for path in sorted(Path(self.path).glob("*.json")):
             about = read_json(path)
             bad = {int(place): reason for place, reason in about["bad"].items()}
-            found.append(_Shard(first, FeatureSource(path.with_suffix(_SHARD), self.name), bad, sorted(bad)))
+            found.append(_Shard(first, about["samples"], path.with_suffix(_SHARD), bad, sorted(bad)))
             first += about["samples"]
         if not found:
             raise InputError(f"there are no features at {self.path}; encode the domain again")
         return found
 
     @cached_property
-    def _length(self) -> int:
-        last = self._shards[-1]
-        return last.first + len(last.records) + len(last.bad)
+    def _readers(self) -> Opened[ArrayRecordReader]:
+        return Opened(_open, _MOST_OPEN)
 
     def __len__(self) -> int:
-        return self._length
+        last = self._shards[-1]
+        return last.first + last.samples
 
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`; BadSample where it has none, InputError where a shard is damaged."""
@@ -219,7 +239,11 @@ class ShardedFeatures:
         place = index - shard.first
         if place in shard.bad:
             raise BadSample(shard.bad[place], f"sample {index} of {self.name}")
-        return shard.records[place - bisect.bisect_left(shard.places, place)]
+        return _sample(self._readers.get(shard.path), place - bisect.bisect_left(shard.places, place), shard.path)
+
+    def key(self, index: int) -> str:
+        """The sample's name; BadSample where it has none."""
+        return self[index]["key"]
 
     def usable(self) -> "Chosen":
         """The samples that are not bad."""
@@ -255,6 +279,10 @@ class Chosen:
     def __getitem__(self, index: int) -> Sample:
         return self.source[self.indices[index]]
 
+    def key(self, index: int) -> str:
+        """The sample's name."""
+        return self[index]["key"]
+
 
 class _Rendered(NamedTuple):
     images: UInt8[np.ndarray, "B S S 3"]  # blank behind the last item, so that the encoder compiles once
@@ -262,21 +290,26 @@ class _Rendered(NamedTuple):
 
 
 def _encoded(
-    items: Sequence[Item] | Corpus, indices: range, encoder: vision.Encoder, render: Render, batch: int
+    items: Sequence[Item] | Corpus,
+    indices: range,
+    encoder: vision.Encoder,
+    render: Render,
+    batch: int,
+    threads: int = 2,
 ) -> Iterator[tuple[Item | BadSample, np.ndarray]]:
     """Items with their float32 features. Threads render the next batches while the encoder runs without the GIL."""
     groups = [indices[start : start + batch] for start in range(0, len(indices), batch)]
-    with ThreadPoolExecutor(_RENDERERS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
 
         def rendered(group: range):
             return pool.submit(_rendered, items, group, batch, encoder.image_size, render)
 
         try:
-            ahead = deque(rendered(group) for group in groups[:_RENDERERS])
+            ahead = deque(rendered(group) for group in groups[:threads])
             for number in range(len(groups)):
                 images, found = ahead.popleft().result()
-                if number + _RENDERERS < len(groups):
-                    ahead.append(rendered(groups[number + _RENDERERS]))
+                if number + threads < len(groups):
+                    ahead.append(rendered(groups[number + threads]))
                 features = np.asarray(vision.encode(encoder, images))
                 yield from zip(found, features)  # the padding of the last batch falls off here
         finally:
@@ -300,27 +333,18 @@ def _write(
 ) -> dict[int, str]:
     """Writes the good samples; returns the places of the bad ones with their reasons."""
     bad: dict[int, str] = {}
-    with _plain_errors():
+    with plain_errors():
         writer = ArrayRecordWriter(str(path), _WRITER)
     for place, (item, features) in enumerate(samples):
         if isinstance(item, BadSample):
             bad[place] = item.reason
         else:
-            with _plain_errors():
+            with plain_errors():
                 writer.write(_pack(item, features, dtype))
         bar.update()
-    with _plain_errors():
+    with plain_errors():
         writer.close()
     return bad
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """The record writer wraps the operating system's errors (a full disk) in RuntimeError: unwraps them."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(str(error).split(";")[0]) from error
 
 
 def _pack(item: Item, features: np.ndarray, dtype: StoredType) -> bytes:
@@ -338,6 +362,14 @@ def _unpack(record: bytes) -> Sample:
     dtype = about.pop("dtype", "float16")
     features = np.frombuffer(values, _TYPES[dtype]).reshape(about.pop("shape"))
     return Sample(features=features.astype(np.float32) if dtype == "float16" else features, **about)
+
+
+def _sample(reader: ArrayRecordReader, place: int, path: Path) -> Sample:
+    """The sample at a place of an open file; InputError where the file is damaged."""
+    try:
+        return _unpack(reader.read([place])[0])
+    except (RuntimeError, IndexError, ValueError, KeyError) as error:
+        raise _damaged(path) from error
 
 
 def _open(path: Path) -> ArrayRecordReader:

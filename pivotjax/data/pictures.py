@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from pivotjax.data.corpora import Corpus
-from pivotjax.data.decode import Decoded, decode_noted
+from pivotjax.data.decode import BadSample, Decoded, decode_noted
 from pivotjax.data.sources.base import Item
 from pivotjax.data.stream import Sample
 from pivotjax.models.processors import Processor
@@ -47,3 +47,10 @@ class Pictures:
         item = self.corpus[index]
         pixels, converted = self.decoder(item, self.size)
         return Sample(image=pixels, caption=item.caption, concept=item.concept, key=item.key, converted=converted)
+
+    def key(self, index: int) -> str:
+        """The sample's name; where it cannot be read any more, what is known of it."""
+        try:
+            return self.corpus[index].key
+        except BadSample as bad:
+            return str(bad)

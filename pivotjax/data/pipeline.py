@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64, UInt8
 
 from pivotjax.data.captions import Captioner
-from pivotjax.data.decode import REASONS
+from pivotjax.data.decode import REASONS, too_many
 from pivotjax.data.rows import Rows
 from pivotjax.data.shared import Part
 from pivotjax.data.stream import CONVERTED, TOO_LONG, Drawn, Samples, Stream, mixed, shuffled
@@ -20,7 +20,6 @@ from pivotjax.errors import InputError
 CUT = "caption cut to fit its row"
 COUNTED = (*REASONS, TOO_LONG, CUT, CONVERTED)  # what `Batch.bad` counts, in this order
 HOST_KEYS = ("ids", "bad")  # of a batch: for the loop, never put on devices
-_ENOUGH = 200  # samples read before `bad_limit` applies
 
 
 class Batch(TypedDict, total=False):
@@ -71,7 +70,7 @@ class Feed:
         pack: samples a row (I).
         row_tokens: length of packed rows (L); 0: room for the longest that can be.
         workers: processes that make batches; 0: threads of this one.
-        bad_limit: share of samples that may be bad.
+        bad_limit: share of samples that may be bad (`decode.too_many` says when it is certain that more are).
         share: the part of each batch that this process makes; None: all.
 
     InputError on experts without domains or with unequal numbers of them, and on numbers that do not fit together.
@@ -135,7 +134,7 @@ class Feed:
         domains, ends = self.experts[expert], np.cumsum([len(domain) for domain in self.experts[expert]])
         numbers = np.searchsorted(ends, np.ravel(ids), side="right")
         firsts = ends - [len(domain) for domain in domains]
-        return [domains[n][int(id_ - firsts[n])]["key"] for n, id_ in zip(numbers, np.ravel(ids))]
+        return [domains[n].key(int(id_ - firsts[n])) for n, id_ in zip(numbers, np.ravel(ids))]
 
     def _streams(self, domains: Sequence[Samples]) -> list[Stream]:
         if self.weights:
@@ -174,7 +173,7 @@ class Batches(Iterator[Batch]):
     def _check(self) -> None:
         bad = int(self.counts[: len(REASONS)].sum())
         tried = self.read + bad
-        if tried >= _ENOUGH and bad > self._limit * tried:
+        if too_many(bad, tried, self._limit):
             self.close()
             reasons = ", ".join(f"{count} {reason}" for reason, count in zip(REASONS, self.counts) if count)
             raise InputError(

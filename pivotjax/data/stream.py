@@ -43,6 +43,10 @@ class Samples(Protocol):
         """Sample `index`; BadSample where it cannot be used."""
         ...
 
+    def key(self, index: int) -> str:
+        """Its name."""
+        ...
+
 
 class Drawn(NamedTuple):
     """A sample of the stream: its number among the samples of all domains, and its caption's tokens."""

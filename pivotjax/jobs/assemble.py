@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from pivotjax.models.language import Language, Place, load_language
 from pivotjax.models.processors import Processor, load_processor, rgb
 from pivotjax.models.projector import ProjectorConfig
 from pivotjax.models.vision import Encoder, Features, load_encoder
+from pivotjax.progress import say
 
 
 @dataclass(frozen=True)
@@ -215,15 +217,18 @@ def load_domain(
     of the config, if they are open already.
     """
     decoder = Decoder(frozen.fit, data.non_rgb)
+    limits = {"train": data.train, "calibration": data.calibration, "test": data.test}
     if data.scenario is not None and name in _scenario(data, cache).domains:
         whole = _scenario(data, cache).domains[name]
-        limits = {"train": data.train, "calibration": data.calibration, "test": data.test}
         splits = {split: parts.limited(whole[split], limit, data.split_seed) for split, limit in limits.items()}
+        if not held_out_only:
+            _say_cut(name, len(splits["train"]), len(whole["train"]))
         return _large_domain(name, splits, {}, data, frozen, decoder, cache, held_out_only)
     if data.scenario is None and name in data.corpora:
         corpus = corpora[name] if corpora else open_corpus(data.corpora[name], cache)
-        limits = {"train": data.train, "calibration": data.calibration, "test": data.test}
         splits = parts.split(name, corpus, limits, data.split_seed)
+        if not held_out_only:
+            _say_cut(name, len(splits["train"]), len(corpus) - data.calibration - data.test)
         return _large_domain(name, splits, corpus.lost, data, frozen, decoder, cache, held_out_only)
     return _packaged_domain(name, data, frozen, decoder, cache)
 
@@ -250,6 +255,11 @@ def feed(
         workers=data.workers,
         bad_limit=data.bad_limit,
     )
+
+
+def _say_cut(name: str, used: int, available: int) -> None:
+    if used < available:
+        say(f"{name}: {used:,} of {available:,} training samples (data.train)")
 
 
 def _scenario(data: DataConfig, cache: Path) -> scenarios.Scenario:
@@ -314,10 +324,12 @@ def _large_domain(
             decoder.pixels,
             variant=str(decoder),
             dtype=data.cache_dtype if split == "train" else "float16",
+            threads=max(2, data.workers or os.cpu_count()),
+            bad_limit=data.bad_limit,
         )
         stored = features.ShardedFeatures(path, name)
         dropped.update(stored.dropped())
-        splits[split] = stored if split == "train" else _fitting(stored, corpus, frozen.captioner, dropped)
+        splits[split] = stored if split == "train" else _fitting(stored, frozen.captioner, dropped)
     identity = _identity({split: corpus.identity for split, corpus in corpora.items()})
     return Domain(name, splits, dict(dropped), identity)
 
@@ -327,12 +339,10 @@ def _identity(splits: Mapping[Split, str]) -> str:
     return hashlib.sha256("\0".join(splits[split] for split in SPLITS).encode()).hexdigest()
 
 
-def _fitting(
-    stored: features.ShardedFeatures, corpus: Corpus, captioner: Captioner, dropped: Counter[str]
-) -> features.Chosen:
+def _fitting(stored: features.ShardedFeatures, captioner: Captioner, dropped: Counter[str]) -> features.Chosen:
     """The samples that are not bad and whose captions fit; the others are counted."""
     usable = stored.usable()
-    fitting = tuple(index for index in usable.indices if captioner.fits(corpus.caption(index)))
+    fitting = tuple(index for index in usable.indices if captioner.fits(stored[index]["caption"]))
     dropped[TOO_LONG] += len(usable) - len(fitting)
     return features.Chosen(stored, fitting)
 

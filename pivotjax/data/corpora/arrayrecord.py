@@ -92,7 +92,9 @@ def write(path: Path, corpus: base.Corpus, records_per_file: int = 10_000) -> di
         folder.mkdir()
         for first in range(0, len(corpus), records_per_file):
             numbers = range(first, min(first + records_per_file, len(corpus)))
-            write_file(folder / f"{first // records_per_file:05d}{_SUFFIXES[0]}", readable(corpus, numbers, bad, bar))
+            file = folder / f"{first // records_per_file:05d}{_SUFFIXES[0]}"
+            if not write_file(file, readable(corpus, numbers, bad, bar)):
+                file.unlink()  # a file without records reads as a damaged one
         tell(bad, len(corpus), path)
     return dict(bad)
 
@@ -120,20 +122,23 @@ def tell(bad: Counter[str], samples: int, path: Path) -> None:
         say(f"{path}: {bad.total()} of {samples} samples left out: {reasons}")
 
 
-def write_file(path: Path, items: Iterator[Item]) -> None:
-    """One ArrayRecord file. OSError where it cannot be written."""
-    with _plain_errors():
+def write_file(path: Path, items: Iterator[Item]) -> int:
+    """One ArrayRecord file; returns how many records it has. OSError where it cannot be written."""
+    records = 0
+    with plain_errors():
         writer = ArrayRecordWriter(str(path), _WRITER)
     for item in items:
-        with _plain_errors():
+        with plain_errors():
             writer.write(pack(item))
-    with _plain_errors():
+        records += 1
+    with plain_errors():
         writer.close()
+    return records
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """The writer wraps the operating system's errors (a full disk) in RuntimeError: unwraps them."""
+def plain_errors() -> Iterator[None]:
+    """The writer of records wraps the operating system's errors (a full disk) in RuntimeError: unwraps them."""
     try:
         yield
     except RuntimeError as error:
