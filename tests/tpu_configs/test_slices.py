@@ -91,7 +91,7 @@ def run(script, *args, **environment):
 @pytest.mark.parametrize("path", SLICES, ids=lambda path: path.stem)
 def test_the_jobset_asks_for_the_slice(path):
     where = topology.load(path)
-    done = run("jobset.sh", path.stem, "pretrain", "train/a b.yaml", "--mesh.fsdp", "16", IMAGE="image:1")
+    done = run("jobset.sh", path.stem, "pretrain", "train/a b.yaml", "--mesh.fsdp", "16", IMAGE="image:1", CLAIM="disk")
     assert done.returncode == 0, done.stderr
     job = yaml.safe_load(done.stdout)
     assert (job["apiVersion"], job["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -106,29 +106,30 @@ def test_the_jobset_asks_for_the_slice(path):
     assert container["env"] == [{"name": "LIBTPU_INIT_ARGS", "value": flags}]
     asked = container["resources"]["limits"]["google.com/tpu"]
     assert asked * where.hosts == where.chips == container["resources"]["requests"]["google.com/tpu"] * where.hosts
+    mounted = {one["name"]: one["mountPath"] for one in container["volumeMounts"]}
+    volumes = {mounted[one.pop("name")]: one for one in pod["volumes"]}
+    assert volumes == {
+        "/dev/shm": {"emptyDir": {"medium": "Memory"}},
+        "/mnt/data": {"persistentVolumeClaim": {"claimName": "disk"}},
+    }
+
+
+def test_the_jobset_ends_on_bad_input_and_restarts_on_all_else():
+    """Bad input is exit status 2 (pivotjax.cli); 143 is a worker that was told to end."""
+    job = yaml.safe_load(run("jobset.sh", "v5e-64", "pretrain", "a.yaml", IMAGE="image:1", CLAIM="disk").stdout)["spec"]
+    work = job["replicatedJobs"][0]["template"]["spec"]
+    (rule,) = work["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["operator"] == "In"
+    assert rule["onExitCodes"]["values"] == [2]
+    assert rule["onExitCodes"]["containerName"] == work["template"]["spec"]["containers"][0]["name"]
+    assert work["template"]["spec"]["restartPolicy"] == "Never" and work["backoffLimit"] == 0
+    assert job["failurePolicy"]["maxRestarts"] == 100
+    assert job["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
 
 
 def test_scripts_say_what_they_lack():
     assert "set IMAGE" in run("jobset.sh", "v5e-4", "pretrain", "a.yaml").stderr
+    assert "set CLAIM" in run("jobset.sh", "v5e-4", "pretrain", "a.yaml", IMAGE="x").stderr
     assert "there is no" in run("jobset.sh", "v9-1", "pretrain", "a.yaml", IMAGE="x").stderr
     assert "set PROJECT" in run("queued_resource.sh", "v5e-4", "pretrain", "a.yaml").stderr
     assert "no command" in run("all_workers.sh", "name", PROJECT="p", ZONE="z").stderr
-
-
-def test_a_queued_resource_is_asked_for_awaited_and_used(tmp_path):
-    """With a gcloud that writes down what it is asked and says that the slice is there."""
-    (tmp_path / "gcloud").write_text(
-        '#!/bin/bash\nprintf "%s\\n" "$*" >> "$LOG"\n'
-        '[[ $* == *describe* && -f $LOG.made ]] && echo ACTIVE\n'
-        '[[ $* == *create* ]] && touch "$LOG.made"\n'
-        "exit 0\n"
-    )
-    (tmp_path / "gcloud").chmod(0o755)
-    log = tmp_path / "log"
-    done = run("queued_resource.sh", "v6e-8", "pretrain", "train/mini.yaml", PROJECT="p", ZONE="z", SPOT="1",
-               LOG=str(log), PATH=f"{tmp_path}:/usr/bin:/bin")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    said = log.read_text()
-    assert "--accelerator-type v6e-8 --runtime-version v2-alpha-tpuv6e --spot" in said
-    assert "tpu-vm scp" in said and "--worker all" in said and "--xla_enable_async_all_gather=true" in said
-    assert "pivotjax pretrain train/mini.yaml" in said

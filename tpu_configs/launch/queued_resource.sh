@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # Asks Google Cloud for a TPU slice, waits for it, and runs pivotjax on all of its workers.
-#   PROJECT=my-project ZONE=us-west4-a tpu_configs/launch/queued_resource.sh v5e-256 pretrain train/llava15-7b-cc12m.yaml
-# PROJECT, ZONE: where. NAME: of the TPU (default: pivotjax-SLICE). SPOT=1: cheaper, and taken away at any time; the same
-# command asks for another one and the run goes on from its last checkpoint (--checkpoints.folder gs://...).
-# PACKAGE: what pip installs on the workers (default: this folder).
+#   PROJECT=my-project ZONE=us-west4-a tpu_configs/launch/queued_resource.sh v5e-256 \
+#     pretrain train/llava15-7b-cc12m.yaml \
+#     --model.vision /mnt/data/clip-vit-large-patch14-336 --model.language /mnt/data/vicuna-7b-v1.5 \
+#     --data.scenario /mnt/data/cc12m/scenario --checkpoints.folder gs://bucket/run
+# PROJECT, ZONE: where. NAME: of the TPU (default: pivotjax-SLICE). SPOT=1: cheaper, and taken away at any time, with its
+# disks; the same command asks for another one, and the run goes on from its last checkpoint in checkpoints.folder.
+# `out` is a folder on the workers, fetched at the end; all_workers.sh says what must lie where all of them see it.
+# The TPU stays, and costs, until `gcloud compute tpus queued-resources delete NAME --force`.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
