@@ -35,5 +35,8 @@ class Greys:
             image=np.full((4, 4, 3), index, np.uint8),
             caption=f"number {index}",
             concept=f"{self.name} {index}",
-            key=f"{self.name}/{index}",
+            key=self.key(index),
         )
+
+    def key(self, index: int) -> str:
+        return f"{self.name}/{index}"

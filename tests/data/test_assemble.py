@@ -1,5 +1,6 @@
 """From a config's corpora and scenarios to domains in their splits, and batches of them."""
 
+import contextlib
 import io
 import tarfile
 from dataclasses import replace
@@ -12,11 +13,15 @@ from PIL import Image
 from pivotjax import config as configs
 from pivotjax import files
 from pivotjax.data.corpora import CorpusConfig, open_corpus
+from pivotjax.data.decode import BadSample
+from pivotjax.data.parts import Part
 from pivotjax.data.scenarios import folder as scenario_folder
 from pivotjax.errors import InputError
-from pivotjax.jobs import assemble
+from pivotjax.jobs import assemble, pretrain
 from pivotjax.jobs.assemble import DataConfig, Frozen
+from pivotjax.jobs.pretrain import PretrainConfig
 from pivotjax.models.processors import Normalisation, Processor
+from pivotjax.training import hosts
 
 COUNT, CORRUPT, WORDY = 60, (3, 17, 33), (20, 41)
 
@@ -82,6 +87,60 @@ def test_a_corpus_in_its_splits(tmp_path, data, frozen):
     assert numbers([other.splits["test"][i] for i in range(len(other.splits["test"]))]) != held_out["test"]
     with pytest.raises(InputError, match=r"domain web has 60 samples, data\.test and data\.calibration"):
         assemble.load_domain("web", replace(data, test=55), frozen, tmp_path / "cache")
+
+
+def test_what_is_not_trained_on_is_said(tmp_path, data, frozen, capsys):
+    assemble.load_domain("web", data, frozen, tmp_path)
+    assert "data.train" not in capsys.readouterr().err
+    assemble.load_domain("web", replace(data, train=5), frozen, tmp_path)
+    assert "web: 5 of 38 training samples (data.train)" in capsys.readouterr().err
+
+
+def test_what_is_encoded_is_not_read_again(tmp_path, data, frozen, monkeypatch):
+    """Captions of what is held out come with the features: a disk that fails later changes nothing."""
+    first = assemble.load_domain("web", data, frozen, tmp_path)
+
+    def fails(self, index):
+        raise BadSample("unreadable shard")
+
+    for method in ("caption", "__getitem__"):
+        monkeypatch.setattr(Part, method, fails)
+    again = assemble.load_domain("web", data, frozen, tmp_path)
+    assert again.dropped == first.dropped
+    assert [again.splits["test"].key(i) for i in range(len(again.splits["test"]))] == [
+        first.splits["test"].key(i) for i in range(len(first.splits["test"]))
+    ]
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_processes_encode_corpora_together_and_packaged_domains_once(tmp_path, data, frozen, monkeypatch, large):
+    """Corpora are opened (an index may be made) while the others wait, and encoded when all of them are there."""
+    config = PretrainConfig(tmp_path / "out", data=data if large else DataConfig(), cache=tmp_path)
+    seen, waiting, opened = [], [], assemble.open_corpus
+
+    @contextlib.contextmanager
+    def guard(cache):
+        waiting.append(True)
+        yield
+        waiting.pop()
+
+    def load_domain(name, *args, corpora=None):
+        seen.append(("encode", name, bool(waiting), set(corpora or {})))
+
+    def open_corpus(*args):
+        seen.append(("open", bool(waiting)))
+        return opened(*args)
+
+    monkeypatch.setattr(hosts, "cache_filled_once", guard)
+    monkeypatch.setattr(assemble.assets, "fetch", lambda *args: None)
+    monkeypatch.setattr(assemble, "open_corpus", open_corpus)
+    monkeypatch.setattr(assemble, "load_frozen", lambda *args: frozen)
+    monkeypatch.setattr(assemble, "load_domain", load_domain)
+    for part in ("initial_projector", "_state"):
+        monkeypatch.setattr(pretrain, part, lambda *args: None)
+    assert list(pretrain._trained(config).domains) == (["web"] if large else ["emoji", "icons", "shapes"])
+    once = [("encode", name, True, set()) for name in ("emoji", "icons", "shapes")]
+    assert seen == ([("open", True), ("encode", "web", False, {"web"})] if large else once)
 
 
 def test_a_domain_is_known_by_its_samples(tmp_path, shard, data, frozen):

@@ -1,5 +1,6 @@
 """Every corpus format: written by its own library, read back to the byte, in another process, in any order."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry as registered
 
 from pivotjax.cli import run
-from pivotjax.data.corpora import FORMATS, CorpusConfig, open_corpus
+from pivotjax.data.corpora import FORMATS, CorpusConfig, arrayrecord, open_corpus
 from pivotjax.data.decode import BadSample, decode
 from pivotjax.errors import InputError
 
@@ -76,6 +77,34 @@ def test_identity_is_of_the_data_not_of_the_place(written, tmp_path):
     assert open_corpus(config, tmp_path / "cache").identity == here
     fewer = WRITERS[config.format](tmp_path / "fewer", samples[:-1])
     assert open_corpus(fewer, tmp_path / "cache").identity != here
+
+
+def test_identity_is_of_what_the_files_hold(written, tmp_path):
+    """As many samples in files of the same names, one caption longer."""
+    config, samples = written
+    other = [*samples[:5], samples[5]._replace(caption=f"{samples[5].caption}, asleep"), *samples[6:]]
+    changed = WRITERS[config.format](tmp_path / "other", other)
+    first, second = (open_corpus(one, tmp_path / "cache") for one in (config, changed))
+    assert len(first) == len(second) and first.identity != second.identity
+
+
+@pytest.mark.parametrize("name", ["webdataset", "llava_json"])
+def test_an_index_that_another_process_made_meanwhile_stays(tmp_path, monkeypatch, name):
+    """It may be mapped there already."""
+    module = importlib.import_module(f"pivotjax.data.corpora.{name}")
+    config, write, made = WRITERS[name](tmp_path / "data", pictures()), module.write_column, []
+
+    def late(*args) -> None:
+        monkeypatch.setattr(module, "write_column", write)
+        other = open_corpus(config, tmp_path / "cache")
+        made.append((other.table.folder, other.table.folder.stat().st_ino))
+        write(*args)
+
+    monkeypatch.setattr(module, "write_column", late)
+    corpus = open_corpus(config, tmp_path / "cache")
+    assert [(corpus.table.folder, corpus.table.folder.stat().st_ino)] == made
+    assert [corpus[i].image for i in range(12)] == [sample.image for sample in pictures()]
+    assert list((tmp_path / "cache/corpora").glob(".*")) == []
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -216,6 +245,16 @@ def test_prepare_makes_a_copy_that_is_the_same(tmp_path, capsys, into):
     with pytest.raises(SystemExit):
         run("prepare", [*args, "--into", into, "--cache", str(tmp_path / "cache")])
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_file_of_which_no_sample_can_be_read_is_not_written(tmp_path):
+    samples = pictures()
+    blank = [sample._replace(caption=" ") for sample in samples[4:8]]
+    source = open_corpus(webdataset(tmp_path / "data", [*samples[:4], *blank, *samples[8:]]), tmp_path / "cache")
+    assert arrayrecord.write(tmp_path / "out", source, records_per_file=4) == {"empty caption": 4}
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["00000.arrayrecord", "00002.arrayrecord"]
+    copy = open_corpus(CorpusConfig("arrayrecord", str(tmp_path / "out")), tmp_path / "cache")
+    assert copy.lost == {} and [copy[i].image for i in range(8)] == [s.image for s in samples[:4] + samples[8:]]
 
 
 def test_tfds_needs_no_tensorflow(tmp_path):

@@ -1,5 +1,6 @@
 """The feature cache: order, reuse, and files that are damaged or were never finished."""
 
+import os
 import pickle
 import resource
 import shutil
@@ -176,14 +177,43 @@ def test_shards_keep_the_corpus_numbers_and_know_its_bad_samples(tmp_path, encod
                 with pytest.raises(BadSample, match=BAD[i]):
                     source[i]
             else:
-                assert source[i]["key"] == f"greys/{i}"
+                assert source[i]["key"] == source.key(i) == f"greys/{i}"
                 np.testing.assert_allclose(source[i]["features"], i / 255, rtol=1e-3)
     usable = stored.usable()
-    assert usable.name == "greys" and [usable[i]["key"] for i in range(len(usable))] == [
+    assert usable.name == "greys" and [usable.key(i) for i in range(len(usable))] == [
         f"greys/{i}" for i in range(23) if i not in BAD
     ]
     with pytest.raises(IndexError):
         stored[23]
+
+
+def test_few_of_many_shards_are_open(tmp_path, encoder, make_items):
+    stored = ShardedFeatures(shards(Corpus(tuple(make_items(90)), {}), encoder, tmp_path, shard=1), "greys")
+    before = len(os.listdir("/proc/self/fd"))
+    assert [stored.key(i) for i in range(90)] == [f"greys/{i}" for i in range(90)]
+    assert len(os.listdir("/proc/self/fd")) - before <= 64
+    assert stored.key(0) == "greys/0"
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_shard_of_bad_samples_alone(tmp_path, encoder, make_items, number):
+    bad = dict.fromkeys(range(8 * number, 8 * number + 8), "corrupt image")
+    stored = ShardedFeatures(shards(Corpus(tuple(make_items(24)), bad), encoder, tmp_path), "greys")
+    assert len(stored) == 24 and stored.dropped() == {"corrupt image": 8}
+    assert [stored.usable().key(i) for i in range(16)] == [f"greys/{i}" for i in range(24) if i not in bad]
+
+
+@pytest.mark.parametrize("count, fails", [(300, range(220, 300)), (12, range(12))])
+def test_a_disk_that_fails_for_a_while_leaves_no_trace(tmp_path, encoder, make_items, count, fails):
+    """Samples that cannot be read now are not written down as bad for ever."""
+    corpus, options = Corpus(tuple(make_items(count)), {}), {"shard": 100, "batch": 50}
+    away = dict.fromkeys(fails, "unreadable shard")
+    told = rf"{len(fails)} of {count} samples of greys are bad \({len(fails)} unreadable shard\)"
+    with pytest.raises(InputError, match=told):
+        shards(Corpus(corpus.items, away), encoder, tmp_path, **options)
+    assert len(list(tmp_path.rglob("*.*"))) == 2 * (fails.start // 100)  # the shards before, with what is told of them
+    stored = ShardedFeatures(shards(corpus, encoder, tmp_path, **options), "greys")
+    assert len(stored) == count and stored.dropped() == {} and stored.key(count - 1) == f"greys/{count - 1}"
 
 
 def test_cached_and_online_samples_are_the_same_stream(tmp_path, encoder, make_items, captioner):

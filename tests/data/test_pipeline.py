@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from greys import Greys
 
+from pivotjax.data.decode import BadSample, too_many
 from pivotjax.data.features import FeatureSource, build
+from pivotjax.data.pictures import Pictures
 from pivotjax.data.pipeline import COUNTED, Feed, Share
+from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
 from pivotjax.models.vlm import IMAGE_TOKEN
 
@@ -223,6 +226,29 @@ def test_too_many_bad_samples_end_the_run_with_a_line(captioner):
     assert len(take(Feed({"a": [bad]}, captioner, 50, seed=0, bad_limit=0.15), 20)) == 20
     with pytest.raises(InputError, match="domain none: 200 samples in a row"):
         take(Feed({"a": [Greys("none", 5, bad=frozenset(range(5)))]}, captioner, 2, seed=0), 1)
+
+
+def test_chance_stops_no_run(captioner):
+    """Eleven of the first 211 samples are bad: over 5 %, but not for certain. Corpora of 4 % bad samples pass at every
+    length in 500 processes; where all is bad, 200 samples are enough."""
+    spotted = Greys("some", 200, bad=frozenset(range(11)))
+    assert len(take(Feed({"a": [spotted]}, captioner, 50, seed=0), 8)) == 8
+    draws = np.cumsum(np.random.default_rng(0).random((500, 5000)) < 0.04, axis=1)
+    assert not any(too_many(draws[:, n - 1].max(), n, 0.05) for n in range(200, 5001, 16))
+    assert too_many(200, 200, 0.05) and not too_many(199, 199, 0.05)
+
+
+def test_names_need_no_picture(captioner):
+    """A sample is named for the log even where its picture, or all of it, cannot be read any more."""
+
+    class Corpus(list):
+        def __getitem__(self, index):
+            if index == 2:
+                raise BadSample("unreadable shard", "record 2 of x.tar")
+            return Item(f"x/{index}", "", "", b"no picture", "picture")
+
+    feed = Feed({"a": [FEW, Pictures(Corpus(range(4)), "x", 8)]}, captioner, 4, seed=0)
+    assert feed.keys("a", np.array([[4], [1], [5]])) == ["x/1", "few/1", "unreadable shard: record 2 of x.tar"]
 
 
 def test_bad_requests(captioner):
