@@ -1,6 +1,7 @@
 """What is known of every sample is computed once; a scenario on disk reads as it was written, or says what is wrong."""
 
 import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from drawn import FORMAT, THEMES, Drawn
 from pivotjax import files
 from pivotjax.data import corpora
 from pivotjax.data.corpora import CorpusConfig
+from pivotjax.data.decode import BadSample
 from pivotjax.data.domains import SPLITS
-from pivotjax.data.scenarios import columns, folder, hashing, load
+from pivotjax.data.scenarios import columns, folder, hashing, load, manifest, source
+from pivotjax.data.scenarios.base import Request
 from pivotjax.data.scenarios.columns import Simple
 from pivotjax.data.scenarios.pool import Pool
 from pivotjax.errors import InputError
@@ -82,6 +85,58 @@ def test_bad_samples_without_a_look_at_pictures(tmp_path):
     assert columns.bad(stored["reasons"].map()) == {"unreadable shard": 13}
 
 
+@dataclass(frozen=True)
+class Away(Drawn):
+    """Cannot be read in `gone`."""
+
+    gone: range = range(0)
+
+    def __getitem__(self, index):
+        if index in self.gone:
+            raise BadSample("unreadable shard", "the disk is away")
+        return super().__getitem__(index)
+
+
+def test_a_disk_that_was_away_is_not_remembered_as_bad_samples(tmp_path, monkeypatch):
+    """30 of a block's 256 samples: at a limit of 5 % at most 26 are chance, at 10 % up to 44."""
+    monkeypatch.setattr(columns, "BLOCK", 256)
+    away = Pool({"food": Away("food", 600, gone=range(300, 330))})
+    few = columns.scan(away, [LENGTHS], tmp_path / "few", bad_limit=0.1)
+    assert columns.bad(few["reasons"].map()) == {"unreadable shard": 30}
+    with pytest.raises(InputError, match=r"over 5% of the samples 256 to 511 .* \(30 unreadable shard\)") as caught:
+        columns.scan(away, [LENGTHS], tmp_path / "kept", bad_limit=0.05)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.glob("kept/*/*")) == ["0.npy"] * 3
+    stored = columns.scan(Pool({"food": Away("food", 600)}), [LENGTHS], tmp_path / "kept", bad_limit=0.05)
+    assert columns.bad(stored["reasons"].map()) == {}
+
+
+def test_what_cannot_be_read_any_more_at_the_end_is_passed_over(pool):
+    """Samples 1 to 7 of each theme could be read when they were scanned."""
+    prefix = Simple("prefix", source._prefixes)
+    late = Pool({name: Away(name, 50, gone=range(8)) for name in THEMES})
+    rows = columns.Rows([pool[i].key for i in range(150)], [], None, None)
+    known = type("Known", (), {"map": lambda self: prefix(rows)})()
+    request = Request(late, {"prefix": known}, None, np.ones(150, bool), 0, 0, None)
+    assigned = source.assign(source.SourceConfig("key"), request)
+    assert assigned.names == tuple(sorted(THEMES)) and np.bincount(assigned.domains).tolist() == [50] * 3
+    nothing = Pool({name: Away(name, 50, gone=range(50)) for name in THEMES})
+    with pytest.raises(InputError, match="cannot be any more"):
+        source.assign(source.SourceConfig("key"), request._replace(pool=nothing))
+    order, splits = {"x": np.arange(20)}, {"x": {"train": np.arange(20)}}
+    told = manifest.domains(Pool({"food": Unread("food", 50)}), splits, {"x": {}}, order, {"x": []})
+    assert told["x"]["corpora"] == {"food": 20}
+
+
+class Unread(Drawn):
+    """Its even captions cannot be read."""
+
+    def caption(self, index):
+        if index % 2 == 0:
+            raise BadSample("unreadable shard", "the disk is away")
+        return super().caption(index)
+
+
 def test_a_full_disk_leaves_no_half_column(pool, tmp_path, small_disk):
     with small_disk(256), pytest.raises(InputError, match="free some space") as caught:
         columns.scan(pool, [LENGTHS], tmp_path)
@@ -124,6 +179,20 @@ def test_a_scenario_reads_as_it_was_written(written, tmp_path):
     assert copy[2].key == train[2].key and len(pickle.dumps(train)) < 2000  # the indices stay behind
 
 
+def test_corpora_that_have_moved(written, tmp_path):
+    path, indices, pool = written
+    about = files.read_json(path / folder.MANIFEST)
+    about["corpora"]["a"]["config"]["path"] = "gone 30 0"
+    files.write_json(path / folder.MANIFEST, about)
+    scenario = load(path, tmp_path, {"a": CorpusConfig("drawn", "food 30 0")})
+    train = scenario.domains["x"]["train"]
+    assert [train[i].key for i in range(len(train))] == [pool[int(i)].key for i in indices["x"]["train"]]
+    with pytest.raises(InputError, match=r"the corpus a of .* is another at food 29 0"):
+        load(path, tmp_path, {"a": CorpusConfig("drawn", "food 29 0")})
+    with pytest.raises(InputError, match=r"was made of no corpus c; its corpora are a, b"):
+        load(path, tmp_path, {"c": CorpusConfig("drawn", "food 30 0")})
+
+
 def test_scenarios_that_cannot_be_read(written, tmp_path, monkeypatch):
     path, *_ = written
 
@@ -140,11 +209,11 @@ def test_scenarios_that_cannot_be_read(written, tmp_path, monkeypatch):
     file.unlink()
     assert "x.test.npy is missing or damaged" in said()
     file.write_bytes(before)
-    manifest = files.read_json(path / folder.MANIFEST)
-    files.write_json(path / folder.MANIFEST, manifest | {"format": 99})
+    about = files.read_json(path / folder.MANIFEST)
+    files.write_json(path / folder.MANIFEST, about | {"format": 99})
     assert "has scenario format 99" in said()
-    changed = manifest["corpora"] | {"a": {"config": manifest["corpora"]["a"]["config"], "identity": "other"}}
-    files.write_json(path / folder.MANIFEST, manifest | {"corpora": changed})
+    changed = about["corpora"] | {"a": {"config": about["corpora"]["a"]["config"], "identity": "other"}}
+    files.write_json(path / folder.MANIFEST, about | {"corpora": changed})
     assert "the corpus a of" in said() and "has changed" in said()
     (path / folder.MANIFEST).unlink()
     assert "holds no scenario" in said()

@@ -1,5 +1,6 @@
 """`pivotjax scenario`: a folder, whole or not at all, the same bytes wherever it is made."""
 
+import json
 import os
 import re
 import socket
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from drawn import FORMAT, THEMES
+from drawn import FORMAT, THEMES, picture, png
 
 from pivotjax import files
 from pivotjax.data import corpora
@@ -55,7 +56,7 @@ def arrays(folder: Path) -> dict[str, bytes]:
 
 def test_a_scenario(recipe, done, tmp_path):
     ended, out = done("scenario", recipe), tmp_path / "out"
-    assert f"scenario: {out}" in ended.err
+    assert f"scenario: {out}" in ended.err and "5 of 180 samples left out: 5 corrupt image" in ended.err
     manifest, scenario = files.read_json(out / "manifest.json"), load(out)
     assert manifest["samples"] == {"in domains": 175, "in no domain": 0, "bad": {"corrupt image": 5}}
     assert list(scenario.domains) == ["cluster0", "cluster1", "cluster2"] and len(arrays(out)) == 9
@@ -136,15 +137,49 @@ def test_a_full_disk_leaves_no_half_scenario(recipe, done, stopped, small_disk, 
     done("scenario", recipe)
 
 
+def test_a_mixture_of_llava_by_the_data_sets_in_it(done, tmp_path):
+    """llava_v1_5_mix665k.json names pictures by their data set and says nothing of it in `id`."""
+    homes = {"coco/train2017": 20, "ocr_vqa/images": 12, "vg/VG_100K": 16}
+    entries = []
+    for home, count in homes.items():
+        (tmp_path / "images" / home).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "images" / home / f"{number}.png").write_bytes(png(picture("food", len(entries))))
+            turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"caption {len(entries)}"}]
+            entries.append({"id": f"{number:012}", "image": f"{home}/{number}.png", "conversations": turns})
+    (tmp_path / "mix.json").write_text(json.dumps(entries))
+    corpus = {"format": "llava_json", "path": str(tmp_path / "mix.json"), "images": str(tmp_path / "images")}
+    recipe = {
+        "out": str(tmp_path / "out"),
+        "corpora": {"mix": corpus},
+        "domains": {"by": "source", "source": {"field": "key"}},
+        "duplicates": {"captions": "off", "images": "off"},
+        "splits": {"train": 1, "calibration": 0, "test": 0},
+    }
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(recipe))
+    done("scenario", tmp_path / "mix.yaml", "--cache", tmp_path / "cache")
+    domains = load(tmp_path / "out", tmp_path / "cache").domains
+    assert {name: len(splits["train"]) for name, splits in domains.items()} == {"coco": 20, "ocr_vqa": 12, "vg": 16}
+    assert domains["vg"]["train"][1].key == "vg/VG_100K/1.png/33"
+
+
 PROCESS = """
-import sys
+import sys, time
 sys.path.insert(0, {tests!r})
+import jax
 import numpy as np
 from drawn import FORMAT
 from pivotjax import cli
 from pivotjax.data import corpora
 from pivotjax.data.scenarios import columns, embeddings
-corpora.FORMATS["drawn"] = FORMAT
+def opened(config, cache):
+    index = cache / (config.path + ".index")
+    if jax.process_index() == 0:
+        time.sleep(0.2)
+        index.touch()
+    assert index.exists(), "the first process was not waited for"
+    return FORMAT.open(config, cache)
+corpora.FORMATS["drawn"] = FORMAT._replace(open=opened)
 columns.BLOCK = 32
 of = lambda rows: rows.pictures.mean((1, 2)).astype(np.float16)
 embeddings.column = lambda config, weights: columns.Simple("embedding", of, "colours", -1)

@@ -5,6 +5,7 @@ are written with groups of one record, so that one sample is one read.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -17,7 +18,7 @@ from pathlib import Path
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from pivotjax.data.corpora import base
-from pivotjax.data.corpora.opened import Opened, is_remote
+from pivotjax.data.corpora.opened import LocalFile, Opened, is_remote
 from pivotjax.data.decode import BadSample
 from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
@@ -29,6 +30,7 @@ _WRITER = "group_size:1,uncompressed"  # pictures do not compress
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # random access
 _MOST_OPEN = 64
 _LONGEST_LINE = 1 << 18  # bytes
+_END = 1 << 17  # bytes of a file that tell where its records are
 
 
 @dataclass(frozen=True)
@@ -152,14 +154,18 @@ def _reader(path: str) -> ArrayRecordReader:
         raise OSError(str(error).split(";")[0]) from error
 
 
-def measure(path: str) -> tuple[int, int]:
-    """Records and bytes of a file; OSError where it cannot be read."""
+def measure(path: str) -> tuple[int, int, str]:
+    """Records and bytes of a file, and the SHA-256 of its end; OSError where it cannot be read.
+
+    Files are filled up to whole blocks of 64 KiB; where each record begins is told at the end.
+    """
     if not os.path.isfile(path):  # the reader would wait for ever on a pipe
         raise OSError("no such file")
     records = _reader(path).num_records()
     if not records:  # a file that lost its end has no index and reads as empty
         raise OSError("it has no records: it is empty, or its end is missing")
-    return records, os.path.getsize(path)
+    size = os.path.getsize(path)
+    return records, size, hashlib.sha256(LocalFile(path).read(max(size - _END, 0), _END)).hexdigest()
 
 
 def _open(config: base.CorpusConfig, cache: Path) -> ArrayRecordCorpus:
@@ -168,7 +174,7 @@ def _open(config: base.CorpusConfig, cache: Path) -> ArrayRecordCorpus:
     files = base.find_files(config.path, _SUFFIXES, "ArrayRecord file")
     found, lost = base.survey(files, measure, config)
     identity = base.identity(config, zip(base.short_names(list(found)), found.values()))
-    ends = tuple(accumulate(records for records, _ in found.values()))
+    ends = tuple(accumulate(records for records, *_ in found.values()))
     return ArrayRecordCorpus(tuple(found), ends, identity, lost, Opened(_reader, _MOST_OPEN))
 
 

@@ -22,7 +22,8 @@ class SourceConfig:
     """What tells a sample's source."""
 
     field: Literal["corpus", "key"] = "corpus"
-    """The corpus it is in; or its key up to the first slash, which in LLaVA's mixtures names the data set."""
+    """The corpus it is in; or its key up to the first slash: in LLaVA's mixtures the data set, of webdataset the
+    shard."""
 
 
 def columns(options: SourceConfig) -> tuple[Column, ...]:
