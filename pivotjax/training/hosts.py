@@ -77,7 +77,8 @@ def joined(config: HostsConfig) -> Iterator[None]:
                 "the connection to another process was lost; see its log, then start all of them again: "
                 "they go on from the last checkpoint"
             )
-        status = 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        bad_input = isinstance(error, InputError) and not lost  # status 2: the same command would fail again
+        status = 2 if bad_input else 130 if isinstance(error, KeyboardInterrupt) else 1
         _tell(status, error)
         atexit.register(_leave, status)  # runs before JAX's, which would wait for the other processes
         raise error
@@ -103,7 +104,7 @@ def _initialise(config: HostsConfig, *args: Any, **options: Any) -> None:
 
     def give_up() -> None:
         print(f"pivotjax: {_not_joined(config)}", file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(1)
 
     timer = threading.Timer(config.timeout, give_up)
     timer.daemon = True

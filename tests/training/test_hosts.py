@@ -104,7 +104,7 @@ def test_sigterm_to_one_of_two_ends_both_and_one_process_goes_on(tmp_path, alone
 def test_one_that_fails_ends_all_and_what_was_saved_stays(tmp_path, alone, what, said):
     started = time.monotonic()
     (status, err), (other, _) = together(tmp_path, "1x2", 2, what)
-    assert (status, other) == (2, 2 if what == "failing" else -9), err
+    assert (status, other) == ((2, 2) if what == "failing" else (1, -9)), err
     assert said in err and "Traceback" not in err
     assert time.monotonic() - started < 60
     loopback.run(tmp_path, STEPS)  # from step 3, in one process
