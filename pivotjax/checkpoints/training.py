@@ -1,8 +1,10 @@
 """Checkpoints of a training run: asynchronous, atomic, the newest and the best kept, what is damaged passed over."""
 
 import contextlib
+import errno
 import json
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,12 +113,20 @@ class TrainingCheckpoints:
                 self._checkpointer.close()
 
     def _open(self) -> ocp.training.Checkpointer:
-        with store.disk_errors(self._folder):
-            return ocp.training.Checkpointer(
-                Path(self._folder).absolute() if _on_disk(self._folder) else self._folder,
-                preservation_policy=_preservation(self._config),
-                cleanup_tmp_directories=True,
-            )
+        """Cleans what was half saved away; a save that timed out may still be writing to it for a moment."""
+        waits = [0.2, 1.0, 5.0]
+        while True:
+            try:
+                with store.disk_errors(self._folder):
+                    return ocp.training.Checkpointer(
+                        Path(self._folder).absolute() if _on_disk(self._folder) else self._folder,
+                        preservation_policy=_preservation(self._config),
+                        cleanup_tmp_directories=True,
+                    )
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY or not waits:
+                    raise
+                time.sleep(waits.pop(0))
 
     def restore(self, state: Any) -> tuple[Any, dict[str, int]]:
         """The newest whole checkpoint: (state in the shardings of `state`, counts); (`state`, {}) where there is none.

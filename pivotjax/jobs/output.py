@@ -7,29 +7,33 @@ from pivotjax import config as configs
 from pivotjax import files
 from pivotjax.errors import InputError
 
-# Where things lie, who makes them and on what devices changes nothing about what they are.
+# Where things lie, who makes them and on what devices changes nothing about what they are. (What a scenario or corpora
+# hold does: training checkpoints carry its hash.)
 _NOT_COMPARED = (
-    "out", "cache", "workers", "data.workers", "checkpoints", "metrics", "mesh", "parallel", "hosts",
+    "out", "cache", "workers", "data.workers", "data.scenario", "data.corpora", "checkpoints", "metrics", "mesh", "parallel", "hosts",
     "training.accumulate", "training.device_batch", "training.remat", "training.loss_chunk", "training.attention",
     "training.log_every",
 )  # fmt: skip
 
 
-def claim(out: Path, config: Any) -> None:
+def claim(out: Path, config: Any, later: tuple[str, ...] = ()) -> None:
     """Makes `out` and saves the resolved config there; InputError if another config's output is in it.
 
-    A config alone, left by a run that ended before it wrote anything, is no output.
+    A config alone, left by a run that ended before it wrote anything, is no output. `later` are keys of stages that are
+    run anew each time, so that they may have changed.
     """
+    if str(out).startswith("gs:/"):
+        raise InputError(f"out is a folder on a disk, not {out}; a bucket can hold checkpoints (checkpoints.folder)")
     files.output_folder(out)
-    check(out, config)
+    check(out, config, later)
     files.write_bytes(out / "config.yaml", configs.to_yaml(config).encode())
 
 
-def check(out: Path, config: Any) -> None:
-    """InputError if another config's output is in `out`."""
+def check(out: Path, config: Any, later: tuple[str, ...] = ()) -> None:
+    """InputError if another config's output is in `out`; `later` as for `claim`."""
     saved = out / "config.yaml"
     if saved.exists() and any(path != saved for path in out.iterdir()):
-        before, now = _compared(configs.read_yaml(saved)), compared(config)
+        before, now = (_compared(values, later) for values in (configs.read_yaml(saved), configs.resolved(config)))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 raise InputError(
@@ -43,11 +47,11 @@ def compared(config: Any) -> dict[str, Any]:
     return _compared(configs.resolved(config))
 
 
-def _compared(values: dict[str, Any]) -> dict[str, Any]:
+def _compared(values: dict[str, Any], later: tuple[str, ...] = ()) -> dict[str, Any]:
     return {
         key: value
         for key, value in _flat(values).items()
-        if not any(key == one or key.startswith(f"{one}.") for one in _NOT_COMPARED)
+        if not any(key == one or key.startswith(f"{one}.") for one in (*_NOT_COMPARED, *later))
     }
 
 

@@ -61,9 +61,17 @@ class PipelineConfig(PretrainConfig):
         for name, merge_of in self.merges.items():
             if not isinstance(merge_of.get("method"), str):
                 raise InputError(f"merges.{name} needs `method: NAME`; `pivotjax methods` lists them")
-            registry.find(merge_of["method"])
+            _check(name, **merge_of)
         if self.export not in self.merges:
             raise InputError(f"export {self.export!r} is none of the merges: {', '.join(self.merges)}")
+
+
+def _check(name: str, method: str, calibrated: bool = False, **options: Any) -> None:
+    """InputError for what would fail after training."""
+    chosen = registry.find(method)
+    registry.resolve(chosen, options)
+    if "calibration" in chosen.needs and not calibrated:
+        raise InputError(f"merges.{name}: {method} needs calibration data; add `calibrated: true`")
 
 
 def main(args: Sequence[str]) -> None:

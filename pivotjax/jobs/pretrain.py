@@ -1,8 +1,9 @@
 """`pivotjax pretrain RECIPE`: K domain experts (or one joint projector) in one program over one frozen backbone."""
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +16,13 @@ from pivotjax import config as configs
 from pivotjax.checkpoints import store, torch_bridge
 from pivotjax.checkpoints.training import CheckpointConfig
 from pivotjax.data import assets
+from pivotjax.data.pipeline import Feed
 from pivotjax.jobs import assemble, output
 from pivotjax.jobs.assemble import DataConfig, ModelConfig
 from pivotjax.models import projector, vision
 from pivotjax.models.vision import VisionTransformer
 from pivotjax.progress import say
-from pivotjax.tpu.flops import decoder_entries
+from pivotjax.tpu import flops
 from pivotjax.training import hosts, parallel
 from pivotjax.training.evaluation import HeldOut
 from pivotjax.training.hosts import HostsConfig
@@ -29,6 +31,7 @@ from pivotjax.training.metrics import MetricsConfig, Work
 from pivotjax.training.optimizer import TrainingConfig, adamw, per_expert
 from pivotjax.training.step import Network, TrainState, init_state, make_evaluation, make_step
 
+_LATER = ("merges", "export", "unseen", "calibration", "measure")  # of `pivotjax pipeline`, after training
 _DECIDES = ("model", "data", "training", "joint", "seed")  # sections that the numbers of a run depend on
 
 
@@ -99,8 +102,9 @@ class Trained:
 
     def load_domain(self, name: str) -> assemble.Domain:
         """Another domain for the same frozen models."""
+        frozen = _with_encoder(self.frozen, jax.device_put)
         with hosts.cache_filled_once(self.cache):
-            return assemble.load_domain(name, self.config.data, self.frozen, self.cache, held_out_only=True)
+            return assemble.load_domain(name, self.config.data, frozen, self.cache, held_out_only=True)
 
     def _projector(self, params: projector.Params, name: str, domains: list[str], alive: bool) -> store.Projector:
         info = self._info | {"fingerprint": projector.fingerprint(params)}
@@ -134,7 +138,7 @@ def trained(config: PretrainConfig) -> Iterator[Trained]:
     """Trains, or goes on training. The processes of the run are joined until the context is left."""
     with hosts.joined(config.hosts):
         if jax.process_index() == 0:
-            output.claim(config.out, config)
+            output.claim(config.out, config, _LATER)
         yield _trained(config)
 
 
@@ -165,9 +169,16 @@ def _trained(config: PretrainConfig) -> Trained:
         domains = {name: assemble.load_domain(name, config.data, frozen, cache) for name in config.data.packaged}
     for name in names[len(domains) :]:  # the processes share the encoding of what is large
         domains[name] = assemble.load_domain(name, config.data, frozen, cache, corpora=corpora)
+    # What was to be encoded is: from here on only the step's own copy of the encoder is on the devices.
+    frozen = _with_encoder(frozen, jax.device_get)
     w0 = initial_projector(config, frozen)
     state = _state(config, frozen, domains, sources, w0, layout)
     return Trained(config, cache, frozen, domains, sources, w0, state, layout)
+
+
+def _with_encoder(frozen: assemble.Frozen, change: Callable[[Any], Any]) -> assemble.Frozen:
+    encoder = frozen.encoder._replace(params=change(frozen.encoder.params))
+    return dataclasses.replace(frozen, encoder=encoder)
 
 
 def _state(
@@ -187,7 +198,7 @@ def _state(
     encoder, online = vision.in_dtype(frozen.encoder, jnp.dtype(config.model.dtype)), config.data.features == "online"
     network = Network(frozen.language.graphdef, encoder.graphdef, encoder.features, encoder.normalise)
     weights = {"language": frozen.language.params} | ({"vision": encoder.params} if online else {})
-    optimizer = per_expert(adamw(config.training))
+    optimizer, training = per_expert(adamw(config.training)), feed("train", config.seed)
     held_out = None
     if config.metrics.evaluate_every:
         evaluate = make_evaluation(network, config.training, layout)
@@ -196,15 +207,15 @@ def _state(
         make_step(network, optimizer, config.training, layout),
         init_state(w0, len(sources), optimizer),
         weights,
-        feed("train", config.seed),
+        training,
         layout=layout,
         config=config.training,
         checkpoints=config.checkpoints,
         metrics=config.metrics,
         folder=config.out,
         held_out=held_out,
-        work=_work(frozen, online),
-        belongs=_belongs(config, frozen),
+        work=_work(config, frozen, training, w0),
+        belongs=_belongs(config, frozen, domains),
     )
 
 
@@ -217,16 +228,29 @@ def initial_projector(config: PretrainConfig, frozen: assemble.Frozen) -> projec
     )
 
 
-def _belongs(config: PretrainConfig, frozen: assemble.Frozen) -> dict[str, Any]:
-    """What a checkpoint of the run is made of."""
+def _belongs(
+    config: PretrainConfig, frozen: assemble.Frozen, domains: dict[str, assemble.Domain]
+) -> dict[str, Any]:
+    """What a checkpoint of the run is made of. InputError where the processes do not see the same data."""
     settings = {key: value for key, value in output.compared(config).items() if key.split(".")[0] in _DECIDES}
-    return settings | {f"backbone.{part}": identity for part, identity in frozen.identity.items()}
+    made_of = {f"backbone.{part}": identity for part, identity in frozen.identity.items()}
+    made_of |= {f"data of {name}": domain.identity for name, domain in domains.items()}
+    hosts.agree(made_of)
+    return settings | made_of
 
 
-def _work(frozen: assemble.Frozen, online: bool) -> Work:
-    """FLOPs that a token and an image need at the least; the encoder's are counted for vision transformers."""
-    tower = nnx.merge(frozen.encoder.graphdef, frozen.encoder.params) if online else None
-    image = 0.0
-    if isinstance(tower, VisionTransformer):
-        image = 2.0 * tower.config.num_patches * sum(a.size for a in jax.tree.leaves(frozen.encoder.params))
-    return Work(4.0 * decoder_entries(frozen.language.config), image)
+def _work(config: PretrainConfig, frozen: assemble.Frozen, feed: Feed, w0: projector.Params) -> Work:
+    """The least FLOPs of a token, an image and a caption token, as `pivotjax compile` counts them; an encoder inside
+    the step counts where it is a vision transformer."""
+    encoder, rows, online = frozen.encoder, feed.layout, config.data.features == "online"
+    tower, depth = nnx.merge(encoder.graphdef, encoder.params), 0
+    vision_config = tower.config if isinstance(tower, VisionTransformer) else None
+    if vision_config is not None:
+        depth = vision.depth_of(config.model.select_layer, vision_config.num_layers)
+    row = flops.Work(1, 1, rows.images, encoder.num_tokens, rows.length, rows.targets, online)
+    least = flops.minimum(row, frozen.language.config, w0, vision_config, depth)
+    return Work(
+        token=(least.decoder + least.attention) / rows.length,
+        image=(least.projector + least.vision) / rows.images,
+        target=least.head / rows.targets,
+    )

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,7 @@ class _Started(NamedTuple):
     metrics: Metrics
     ids: Int64[np.ndarray, "K B I"]
     counts: Counts
+    ended: Future[float]  # when the devices were done with it
 
 
 @dataclass
@@ -147,12 +149,14 @@ class _Run:
     time_to_save: bool = False
 
     def __post_init__(self) -> None:
-        self.last_saved = self.clock()
+        self.last_saved, self.first = self.clock(), 1
+        self.watcher = ThreadPoolExecutor(1, "watch")
 
     def go(self, state: TrainState, done: int) -> TrainState:
         """Steps `done + 1` to the last."""
         if done >= self.config.steps:
             return state
+        self.first = done + 1
         with contextlib.closing(self.feed.start(done)) as batches, contextlib.closing(self.profile):
             for number in range(done + 1, self.config.steps + 1):
                 state = self._start(number, state, batches)
@@ -172,21 +176,29 @@ class _Run:
 
     def _start(self, number: int, state: TrainState, batches: Iterator[Batch]) -> TrainState:
         """Starts step `number`, then looks at how the one before it went."""
-        with self.meter.waiting():
-            batch = next(batches)
+        asked = self.clock()
+        batch = next(batches)
+        self._note_wait(asked)
         on_devices = {key: a for key, a in batch.items() if key not in HOST_KEYS}
         self.bad += batch["bad"]
         self.profile.begin(number)
         state, metrics = self.step(state, self.frozen, self.layout.put_batch(on_devices))
         self._finish()
-        self.started = _Started(number, metrics, batch["ids"], contents(batch))
+        ended = self.watcher.submit(_ended, metrics, self.clock)
+        self.started = _Started(number, metrics, batch["ids"], contents(batch), ended)
         return state
+
+    def _note_wait(self, asked: float) -> None:
+        """A batch asked for at `asked` has come: the devices waited since they were done with the step before."""
+        ended = self.started.ended if self.started else None
+        if ended is None or ended.done():
+            self.meter.waited(self.clock() - max(asked, ended.result() if ended else asked))
 
     def _finish(self) -> None:
         """Waits for the step under way: its incidents, its row of metrics."""
         if self.started is None:
             return
-        (number, metrics, ids, counts), self.started = self.started, None
+        (number, metrics, ids, counts, _), self.started = self.started, None
         metrics = hosts.fetch(metrics)
         self.profile.end(number)
         self.meter.count(counts)
@@ -194,6 +206,8 @@ class _Run:
         self.alive = metrics.alive
         if number % self.config.log_every == 0 or number in (1, self.config.steps):
             self._row(number, metrics)
+        elif number == self.first:  # what compiles is no measure of what comes after
+            self.meter.restart()
         finite = metrics.loss[np.isfinite(metrics.loss)]
         self.bar.update(1, f"loss {finite.mean():.2f}" if finite.size else "")
 
@@ -234,6 +248,13 @@ class _Run:
     def _summary(self) -> None:
         if bad := self._bad():
             say("met while reading samples: " + ", ".join(f"{count} {reason}" for reason, count in bad.items()))
+
+
+def _ended(metrics: Metrics, clock: Callable[[], float]) -> float:
+    """When the devices were done with a step; a step that failed tells so where its metrics are fetched."""
+    with contextlib.suppress(Exception):
+        jax.block_until_ready(metrics)
+    return clock()
 
 
 @contextlib.contextmanager

@@ -57,12 +57,14 @@ class MetricsConfig:
 
 
 class Work(NamedTuple):
-    """The arithmetic that training cannot do without, in FLOPs."""
+    """The arithmetic that training cannot do without, in FLOPs (`pivotjax.tpu.flops.minimum` has the formulas)."""
 
     token: float = 0.0
-    """A token of a sequence: 4 N for N frozen weights (2 N forward, 2 N for the gradients that pass through)."""
+    """A token of a sequence: the decoder's matrices and its attention, forward and back."""
     image: float = 0.0
-    """An image that is encoded inside the step: 2 for each weight and patch; 0 where features come ready."""
+    """An image: the projector and, where images are encoded inside the step, the encoder."""
+    target: float = 0.0
+    """A caption token that is predicted: the head, forward and back."""
 
 
 class Counts(NamedTuple):
@@ -70,39 +72,38 @@ class Counts(NamedTuple):
 
     tokens: int
     samples: int
+    targets: int
 
 
 def contents(batch: Batch) -> Counts:
-    """Tokens of a batch that are no padding, visual ones included, and its samples."""
+    """Of a batch: tokens that are no padding, visual ones included; samples; caption tokens to predict."""
     if "segments" in batch:
         tokens = np.count_nonzero(batch["segments"])
     else:  # up to and with the place that predicts the last caption token
         last = np.where(batch["weights"] > 0, batch["places"] + 1, 0)
         tokens = last.max(axis=-1).sum()
-    return Counts(int(tokens), int(np.count_nonzero(batch["ids"] >= 0)))
+    return Counts(int(tokens), int(np.count_nonzero(batch["ids"] >= 0)), int(np.count_nonzero(batch["weights"])))
 
 
 class Meter:
     """Speed between two rows of metrics, over all processes.
 
-    Time spent within `waiting` counts as waiting for input, time within `aside` does not count at all.
+    Time spent within `aside` does not count at all.
     """
 
     def __init__(self, work: Work, share: Share | None, peak: float | None, clock: Callable[[], float]):
         self._work, self._clock = work, clock
         self._share = (0, 0) if share is None else (share.experts.start, share.rows.start)
         self._peak = peak  # FLOP/s of all devices
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
-        self._started, self._waited, self._steps, self._tokens, self._samples = self._clock(), 0.0, 0, 0, 0
+    def restart(self) -> None:
+        """Forgets what was before (a compilation)."""
+        self._started, self._waited, self._steps, self._counts = self._clock(), 0.0, 0, Counts(0, 0, 0)
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around waiting for a batch."""
-        started = self._clock()
-        yield
-        self._waited += self._clock() - started
+    def waited(self, seconds: float) -> None:
+        """Notes time in which the devices had nothing to do because a batch was not there."""
+        self._waited += seconds
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -114,7 +115,7 @@ class Meter:
     def count(self, found: Counts) -> None:
         """Notes a step with this process's part of a batch."""
         self._steps += 1
-        self._tokens, self._samples = self._tokens + found.tokens, self._samples + found.samples
+        self._counts = Counts(*(a + b for a, b in zip(self._counts, found)))
 
     def row(self) -> dict[str, float | None]:
         """Measured since the row before; every process calls it at the same step.
@@ -126,15 +127,16 @@ class Meter:
         seconds = max(self._clock() - self._started, 1e-9)
         told = hosts.gather(
             {
-                "counts": np.array([*self._share, self._tokens, self._samples], np.int32),
+                "counts": np.array([*self._share, *self._counts], np.int32),
                 "wait": np.float32(self._waited / seconds),
                 "memory": np.float32(memory_bytes()),
             }
         )
-        tokens, samples = once_each_share(told["counts"])
+        tokens, samples, targets = once_each_share(told["counts"])
         steps = max(self._steps, 1)
-        flops = (tokens * self._work.token + samples * self._work.image) / seconds
-        self._restart()
+        work = self._work
+        flops = (tokens * work.token + samples * work.image + targets * work.target) / seconds
+        self.restart()
         return {
             "seconds_per_step": round(seconds / steps, 4),
             "tokens_per_second": round(tokens / seconds, 2),

@@ -46,7 +46,7 @@ class TrainState(NamedTuple):
     params: projector.Params  # leading axis K on every leaf
     opt_state: Any
     alive: Bool[Array, " K"]  # False from the step on in which an expert was retired
-    loss_average: Float[Array, " K"]  # running mean over the updates that were made; infinite before the first
+    loss_average: Float[Array, " K"]  # running mean over steps of finite loss; infinite before the first
 
 
 class Metrics(NamedTuple):
@@ -93,13 +93,13 @@ def make_step(
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = jnp.where(jnp.isinf(state.loss_average), loss, _KEEP * state.loss_average + (1 - _KEEP) * loss)
+        finite = state.alive & jnp.isfinite(loss)
         new = TrainState(
             state.step + 1,
             chosen(params, state.params),
             chosen(opt_state, state.opt_state),
             alive,
-            chosen(average.astype(jnp.float32), state.loss_average),
+            jnp.where(finite, _average(config.guard, state.loss_average, loss), state.loss_average),
         )
         return _placed(layout, "state", new), _placed(layout, "metrics", Metrics(loss, norms, alive, applied, tokens))
 
@@ -109,13 +109,27 @@ def make_step(
 def make_evaluation(
     network: Network, config: TrainingConfig, layout: Layout | None = None
 ) -> Callable[[projector.Params, Any, Batch], tuple[Float[Array, " K"], Float[Array, " K"]]]:
-    """`evaluate(params, frozen, batch)`: each expert's NLL summed over caption tokens, in nats, and their number."""
+    """`evaluate(params, frozen, batch)`: each expert's NLL summed over caption tokens, in nats, and their number.
+
+    In the micro-batches of training.
+    """
 
     def evaluate(params: projector.Params, frozen: Any, batch: Batch):
-        sums = _caption_nll(params, network, frozen, batch, config, layout), _caption_tokens(batch)
-        return _placed(layout, "metrics", _summed(layout, sums))
+        def add(total, part):
+            return total + _caption_nll(params, network, frozen, part, config, layout), None
+
+        parts = _parts(config, batch, layout)
+        nll, _ = jax.lax.scan(add, jnp.zeros(batch["tokens"].shape[0], _kind(params)), _cut(batch, parts))
+        return _placed(layout, "metrics", _summed(layout, (nll, _caption_tokens(batch))))
 
     return evaluate
+
+
+def _average(guard: GuardConfig, average: jax.Array, loss: jax.Array) -> jax.Array:
+    """The running mean with this step's loss, a leap counted as far as it is still none: so that what is skipped for a
+    while ends by being the rule, and not by stopping the expert for good."""
+    capped = jnp.minimum(loss, guard.spike_factor * average)
+    return jnp.where(jnp.isinf(average), loss, _KEEP * average + (1 - _KEEP) * capped).astype(jnp.float32)
 
 
 def judged(guard: GuardConfig, state: TrainState, loss: jax.Array, norms: jax.Array) -> tuple[jax.Array, jax.Array]:

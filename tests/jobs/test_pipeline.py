@@ -144,5 +144,9 @@ def test_what_cannot_be_merged_is_refused():
         PipelineConfig(Path("x"), merges={"pivot": {}})
     with pytest.raises(InputError, match="unknown merge method"):
         PipelineConfig(Path("x"), merges={"pivot": {"method": "pivott"}})
+    with pytest.raises(InputError, match="no option 'densiti'"):
+        PipelineConfig(Path("x"), merges={"pivot": {"method": "ties", "densiti": 0.3}})
+    with pytest.raises(InputError, match="calibrated: true"):
+        PipelineConfig(Path("x"), merges={"pivot": {"method": "regmean"}})
     with pytest.raises(InputError, match="export"):
         PipelineConfig(Path("x"), export="mean")

@@ -283,7 +283,13 @@ def test_speed_on_a_clock_that_is_known(tiny, tmp_path):
     row = rows[3]
     assert row["samples_per_second"] == pytest.approx(8 / row["seconds_per_step"], rel=1e-3)
     assert row["tokens_per_second"] == pytest.approx(tokens / row["seconds_per_step"], rel=1e-3)
-    assert 0 < row["input_wait"] < 1 and row["memory_bytes"] > 1e7 and row["mfu"] is None  # no peak of a CPU is known
+    assert 0 <= row["input_wait"] < 1 and row["memory_bytes"] > 1e7 and row["mfu"] is None  # no peak of a CPU is known
+
+
+def test_input_wait_is_the_time_in_which_devices_have_nothing_to_do(tiny, tmp_path):
+    go(tiny, tmp_path, change=lambda step, batch: time.sleep(0.2))
+    rows = read_metrics(tmp_path)
+    assert all(row["input_wait"] > 0.5 for row in rows[2:])
 
 
 def test_tensorboard_and_profile_on_request(tiny, tmp_path):

@@ -20,21 +20,20 @@ class Clock:
 def test_speed_mfu_and_input_wait():
     """4 steps of 2 s, half a second of each waiting for input; an evaluation of 100 s beside them."""
     clock = Clock()
-    meter = Meter(Work(token=4 * 7e9, image=5e12), None, peak=4 * 197e12, clock=clock)
+    meter = Meter(Work(token=4 * 7e9, image=5e12, target=1e9), None, peak=4 * 197e12, clock=clock)
     clock.now += 50  # loading
     with meter.aside():
         clock.now += 1000
     meter.row()
     for _ in range(4):
-        with meter.waiting():
-            clock.now += 0.5
-        clock.now += 1.5
-        meter.count(Counts(tokens=3000, samples=8))
+        clock.now += 2
+        meter.waited(0.5)
+        meter.count(Counts(tokens=3000, samples=8, targets=100))
     with meter.aside():
         clock.now += 100
     row = meter.row()
     assert row["seconds_per_step"] == 2 and row["tokens_per_second"] == 1500 and row["samples_per_second"] == 4
-    assert row["mfu"] == pytest.approx((1500 * 4 * 7e9 + 4 * 5e12) / (4 * 197e12), abs=1e-4)
+    assert row["mfu"] == pytest.approx((1500 * 4 * 7e9 + 4 * 5e12 + 50 * 1e9) / (4 * 197e12), abs=1e-4)
     assert row["input_wait"] == 0.25
     clock.now += 3
     assert meter.row()["tokens_per_second"] == 0  # counted anew
@@ -44,7 +43,7 @@ def test_mfu_needs_a_peak_and_the_work():
     clock = Clock()
     for work, peak in ((Work(1e9), None), (Work(), 1e12)):
         meter = Meter(work, None, peak, clock)
-        meter.count(Counts(10, 1))
+        meter.count(Counts(10, 1, 4))
         clock.now += 1
         assert meter.row()["mfu"] is None
 
@@ -63,9 +62,9 @@ def test_tokens_of_a_batch_without_its_padding():
     weights = np.array([[[1, 1, 0, 0]], [[1, 1, 1, 1]]], np.float32)
     batch = {"weights": weights, "places": np.broadcast_to(3 + np.arange(4), weights.shape)}
     batch["ids"] = np.array([[[7]], [[-1]]])
-    assert contents(batch) == Counts(tokens=(4 + 1) + (4 + 3), samples=1)
+    assert contents(batch) == Counts(tokens=(4 + 1) + (4 + 3), samples=1, targets=6)
     packed = {"segments": np.array([[[1, 1, 1, 2, 2, 0, 0]]]), "ids": np.array([[[0, 5]]])}
-    assert contents(packed) == Counts(5, 2)
+    assert contents(packed | {"weights": np.array([[[1, 1, 1, 0]]])}) == Counts(5, 2, 3)
 
 
 def test_rows_fed_to_two_processes_count_once():
