@@ -10,7 +10,8 @@ from pivotjax.errors import InputError
 # Where things lie, who makes them and on what devices changes nothing about what they are. (What a scenario or corpora
 # hold does: training checkpoints carry its hash.)
 _NOT_COMPARED = (
-    "out", "cache", "workers", "data.workers", "data.scenario", "data.corpora", "checkpoints", "metrics", "mesh", "parallel", "hosts",
+    "out", "cache", "workers", "data.workers", "data.scenario", "data.corpora",
+    "checkpoints", "metrics", "mesh", "parallel", "hosts",
     "training.accumulate", "training.device_batch", "training.remat", "training.loss_chunk", "training.attention",
     "training.log_every",
 )  # fmt: skip

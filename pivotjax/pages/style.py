@@ -53,7 +53,8 @@ figcaption { color: var(--soft); font-size: .88rem; max-width: 85ch; margin-top:
 .thumbs { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 10px; margin: .7rem 0; }
 .thumbs figure { margin: 0; break-inside: avoid; }
 .thumbs img { width: 100%; aspect-ratio: 1; border: 1px solid var(--line); border-radius: 4px; }
-.thumbs figcaption { font-size: .76rem; line-height: 1.3; overflow-wrap: anywhere; max-height: 3.9em; overflow: hidden; }
+.thumbs figcaption { font-size: .76rem; line-height: 1.3; overflow-wrap: anywhere; max-height: 3.9em;
+  overflow: hidden; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--blue); font-size: .92rem; }
 pre { background: var(--wash); border: 1px solid var(--line); border-radius: 4px; padding: .8rem; overflow-x: auto;
   font-size: .8rem; line-height: 1.4; }
