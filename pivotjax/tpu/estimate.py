@@ -123,5 +123,6 @@ def flags(mesh: MeshConfig, training: TrainingConfig) -> str:
     """What to give `pivotjax pretrain` for a way to run a step."""
     sizes = zip(("expert", "data", "fsdp", "tensor"), astuple(mesh))
     given = [f"--mesh.{name} {size}" for name, size in sizes]
-    return " ".join([*given, f"--training.batch {training.batch}", f"--training.remat {training.remat}",
-                     f"--training.device-batch {training.device_batch}"])  # fmt: skip
+    given += [f"--training.batch {training.batch}", f"--training.remat {training.remat}"]
+    given += [f"--training.device-batch {training.device_batch}", f"--training.accumulate {training.accumulate}"]
+    return " ".join(given)

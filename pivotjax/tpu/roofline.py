@@ -45,7 +45,7 @@ class Roofline(NamedTuple):
 
 def roofline(
     program: Program, found: Sequence[Collective], where: Slice, coordinates: np.ndarray, minimum: float, samples: int,
-    steps: int,
+    steps: int, kernels: float = 0.0,
 ) -> Roofline:
     """The estimate.
 
@@ -55,10 +55,11 @@ def roofline(
         minimum: analytic minimum of FLOPs of a step, over all chips.
         samples: of a step, over all experts.
         steps: of the recipe.
+        kernels: FLOPs of one device in custom kernels.
     """  # fmt: skip
-    compute = flops.executed(program).total / where.peak_flops
+    compute = (flops.executed(program).total + kernels) / where.peak_flops
     hbm = traffic.hbm_bytes(program) / (where.hbm_gbps * 1e9)
-    busy = _busy_seconds(program, where)
+    busy = _busy_seconds(program, where) + kernels / where.peak_flops
     hidden, exposed = (
         sum(_seconds(one, where, coordinates) for one in found if one.overlapped is beside) for beside in (True, False)
     )
