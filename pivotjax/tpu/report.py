@@ -57,9 +57,9 @@ def report(step: Described, where: Slice, mesh: Mesh, done: Compiled, caption_to
 
 def _roofline(step: Described, where: Slice, mesh: Mesh, done: Compiled, found: Sequence[Collective]) -> Roofline:
     coordinates = np.array([device.coords for device in mesh.devices.flat])[:, : len(where.wraps)]
-    samples = step.work.experts * step.work.samples * step.work.images
-    kernels = _of_kernels(done, mesh, step.minimum())
-    return roofline(done.program, found, where, coordinates, step.minimum().total, samples, step.training.steps, kernels)
+    samples, least = step.work.experts * step.work.samples * step.work.images, step.minimum()
+    kernels = _of_kernels(done, mesh, least)
+    return roofline(done.program, found, where, coordinates, least.total, samples, step.training.steps, kernels)
 
 
 def _of_kernels(done: Compiled, mesh: Mesh, minimum: flops.Minimum) -> float:
