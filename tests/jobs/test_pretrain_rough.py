@@ -1,5 +1,5 @@
-"""`pivotjax pretrain` on what the world is like: 5 % of corrupt pictures, a truncated tar, a shard that cannot be read, a
-worker process that is killed. The run goes on, says what it met, and learns what an undisturbed run learns, bitwise."""
+"""`pivotjax pretrain` in a rough world: 5 % of corrupt pictures, a truncated tar, a shard that cannot be read, a worker
+process that is killed. The run goes on, says what it met, and learns what an undisturbed run learns, bitwise."""
 
 import io
 import json
