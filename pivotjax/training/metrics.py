@@ -264,7 +264,9 @@ class Profile:
     def begin(self, step: int) -> None:
         """Starts the profile where `step` is its first."""
         if self._wanted and step == self._steps.start:
-            jax.profiler.start_trace(str(self._folder))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # its hooks into all Python threads crash some processes that have many
+            jax.profiler.start_trace(str(self._folder), profiler_options=options)
             self._running = True
 
     def end(self, step: int) -> None:
