@@ -356,7 +356,7 @@ def _alive(folder: Path, name: str) -> bool:
 def _curves(folder: Path) -> dict[str, list[list[float | None]]]:
     """Loss by step of every projector trained in `folder`."""
     rows = read_metrics(folder)
-    names = [name for name, value in rows[0].items() if isinstance(value, dict)]
+    names = [name for name, value in rows[0].items() if isinstance(value, dict) and "loss" in value]
     return {name: [[row["step"], row[name]["loss"]] for row in rows] for name in names}
 
 
