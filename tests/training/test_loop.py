@@ -287,9 +287,8 @@ def test_speed_on_a_clock_that_is_known(tiny, tmp_path):
 
 
 def test_input_wait_is_the_time_in_which_devices_have_nothing_to_do(tiny, tmp_path):
-    go(tiny, tmp_path, change=lambda step, batch: time.sleep(0.2))
-    rows = read_metrics(tmp_path)
-    assert all(row["input_wait"] > 0.5 for row in rows[2:])
+    go(tiny, tmp_path, every=100, change=lambda step, batch: time.sleep(0.3))
+    assert np.median([row["input_wait"] for row in read_metrics(tmp_path)]) > 0.5
 
 
 def test_tensorboard_and_profile_on_request(tiny, tmp_path):
