@@ -149,7 +149,7 @@ class CaptionStatistics:
         sources: Sequence[Sequence[FeatureSource]],
         config: CalibrationConfig,
     ):
-        every = list({source.name: source for own in sources for source in own}.values())
+        every = list({id(source): source for own in sources for source in own}.values())
         self._language, self._captioner = language, captioner
         self._program = (language.graphdef, captioner.first_position)  # what the compiled functions are made for
         self._measured, self._compared = _Pairs(every, config.captions), _Pairs(every, config.images)

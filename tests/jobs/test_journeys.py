@@ -107,7 +107,8 @@ def test_the_parts_of_a_whole_model_are_trained_between_and_put_back(world, comm
         assert command("convert", whole, tmp_path / part, "--part", part, "--to", "hf").status == 0
     model = assemble.ModelConfig(str(tmp_path / "vision"), str(tmp_path / "language"))
     same = assemble.ModelConfig(str(world / "tower"), str(world / "language"))
-    taken, first = (assemble.load_frozen(one, "a", 4, world / "cache") for one in (model, same))
+    data = assemble.DataConfig(prompt="a", max_caption=4)
+    taken, first = (assemble.load_frozen(one, data, world / "cache") for one in (model, same))
     picture = np.random.default_rng(0).integers(0, 256, (1, 18, 18, 3), np.uint8)
     assert (encode(taken.encoder, picture) == encode(first.encoder, picture)).all()
     rows = first.language.config.vocab_size
