@@ -25,7 +25,7 @@ def cut(path: Path) -> None:
 
 
 def test_unknown_command(refused, command):
-    assert "unknown command 'marge'; one of: demo, pretrain, merge" in refused("marge")
+    assert "unknown command 'marge'; one of: demo, prepare, scenario, pretrain," in refused("marge")
     nothing = command()
     assert nothing.status == 2 and nothing.out.startswith("usage: pivotjax COMMAND")
 
