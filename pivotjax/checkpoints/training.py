@@ -5,7 +5,7 @@ import errno
 import json
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,11 @@ class TrainingCheckpoints:
         note = {"sums": checksums(state).tolist(), "counts": counts, "belongs": self._belongs}
         metrics = None if loss is None else {"loss": loss}
         for _ in range(_TRIES):
-            with store.disk_errors(self._folder):
-                saving = self._checkpointer.save_checkpointables_async(
+            saving = self._patiently(
+                lambda: self._checkpointer.save_checkpointables_async(
                     step, {"state": state._asdict()}, force=True, metrics=metrics, custom_metadata=note
                 )
+            )
             self._saving = (step, saving)
             if not sure or self.wait():
                 return
@@ -93,7 +94,9 @@ class TrainingCheckpoints:
         try:
             with store.disk_errors(self._folder):
                 saving.result()
-        except TimeoutError as error:
+        except (TimeoutError, OSError) as error:
+            if not _of_a_late_save(error):
+                raise
             if jax.process_count() > 1:  # the other processes wait for this one's part of the checkpoint
                 raise InputError(f"saving step {step} timed out; start again from the checkpoint before it") from error
             say(f"saving step {step} timed out (was the clock set?); the checkpoint before it stays, going on")
@@ -109,22 +112,32 @@ class TrainingCheckpoints:
         try:
             self.wait()
         finally:
-            with store.disk_errors(self._folder), contextlib.suppress(TimeoutError):  # Orbax tells of it once more
-                self._checkpointer.close()
+            try:
+                with store.disk_errors(self._folder):
+                    self._checkpointer.close()
+            except (TimeoutError, OSError) as error:  # Orbax tells of it once more
+                if not _of_a_late_save(error):
+                    raise
 
     def _open(self) -> ocp.training.Checkpointer:
-        """Cleans what was half saved away; a save that timed out may still be writing to it for a moment."""
+        """Cleans what was half saved away."""
+        return self._patiently(
+            lambda: ocp.training.Checkpointer(
+                Path(self._folder).absolute() if _on_disk(self._folder) else self._folder,
+                preservation_policy=_preservation(self._config),
+                cleanup_tmp_directories=True,
+            )
+        )
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        """What `call` gives. It removes what a save that timed out left, which may still be written to for a moment."""
         waits = [0.2, 1.0, 5.0]
         while True:
             try:
                 with store.disk_errors(self._folder):
-                    return ocp.training.Checkpointer(
-                        Path(self._folder).absolute() if _on_disk(self._folder) else self._folder,
-                        preservation_policy=_preservation(self._config),
-                        cleanup_tmp_directories=True,
-                    )
+                    return call()
             except OSError as error:
-                if error.errno != errno.ENOTEMPTY or not waits:
+                if not _of_a_late_save(error) or not waits:
                     raise
                 time.sleep(waits.pop(0))
 
@@ -196,6 +209,11 @@ def training_checkpoints(
         yield saved
     finally:
         saved.close()
+
+
+def _of_a_late_save(error: Exception) -> bool:
+    """Whether a save timed out, or is still being written to while it is removed."""
+    return isinstance(error, TimeoutError) or getattr(error, "errno", None) == errno.ENOTEMPTY
 
 
 def _preservation(config: CheckpointConfig) -> Any:
