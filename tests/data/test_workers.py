@@ -80,12 +80,13 @@ def test_a_killed_worker_is_replaced_and_no_batch_is_lost(tmp_path, captioner, c
     domains = [Greys("many", 40, frozenset({3}), tmp_path, seconds=0.002), Greys("few", 5)]
     feed = Feed({"a": domains}, captioner, 4, seed=0, bad_limit=1, workers=2)
     with Feed({"a": domains}, captioner, 4, seed=0, bad_limit=1).start(0) as threads:
-        expected = [next(threads) for _ in range(12)]
+        expected = [next(threads) for _ in range(60)]
     with feed.start(2) as batches:
         assert all(same(next(batches), expected[step]) for step in range(2, 6))
         assert len(living(tmp_path)) == 2
         os.kill(living(tmp_path)[0], signal.SIGKILL)
-        assert all(same(next(batches), expected[step]) for step in range(6, 12))
+        # More than lie ready: those that the dead worker had finished are taken all the same.
+        assert all(same(next(batches), expected[step]) for step in range(6, 60))
     assert not living(tmp_path)
     assert "an input worker died with exit code -9 at step" in capsys.readouterr().err
 
