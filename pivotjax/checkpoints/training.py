@@ -5,7 +5,7 @@ import errno
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from pivotjax.errors import InputError
 from pivotjax.progress import say
 
 _policies = ocp.training.preservation_policies
-_TRIES = 3  # of a save that must not be missing
+_PAUSES = (0.0, 1.0, 5.0)  # seconds before each try of a save that must not be missing
 _ODD = np.uint32(2654435761)  # Knuth's multiplicative hash: 2^32 over the golden ratio
 
 
@@ -53,7 +53,7 @@ class TrainingCheckpoints:
 
     def __init__(self, folder: epath.Path, config: CheckpointConfig, belongs: dict[str, Any]):
         self._folder, self._config, self._belongs = folder, config, belongs
-        self._checkpointer = self._open()
+        self._checkpointer = self._open(clean=True)
         self._saving: tuple[int, Any] | None = None
 
     def save(
@@ -67,16 +67,17 @@ class TrainingCheckpoints:
         self.wait()
         note = {"sums": checksums(state).tolist(), "counts": counts, "belongs": self._belongs}
         metrics = None if loss is None else {"loss": loss}
-        for _ in range(_TRIES):
-            saving = self._patiently(
-                lambda: self._checkpointer.save_checkpointables_async(
+        for pause in _PAUSES:
+            time.sleep(pause)
+            with self._lateness(step):
+                saving = self._checkpointer.save_checkpointables_async(
                     step, {"state": state._asdict()}, force=True, metrics=metrics, custom_metadata=note
                 )
-            )
-            self._saving = (step, saving)
-            if not sure or self.wait():
-                return
-        raise InputError(f"cannot write {self._folder / str(step)}: saving timed out {_TRIES} times; check the disk")
+                self._saving = (step, saving)
+                if not sure or self.wait():
+                    return
+        tries = len(_PAUSES)
+        raise InputError(f"cannot write {self._folder / str(step)}: saving timed out {tries} times; check the disk")
 
     def check(self) -> None:
         """Notices the end of a save that is under way, without waiting for it; InputError if it failed."""
@@ -91,9 +92,19 @@ class TrainingCheckpoints:
         if self._saving is None:
             return True
         (step, saving), self._saving = self._saving, None
+        with self._lateness(step):
+            saving.result()
+            if jax.process_index() == 0 and _on_disk(self._folder):
+                store.note_sizes(Path(self._folder / str(step)))
+            return True
+        return False
+
+    @contextlib.contextmanager
+    def _lateness(self, step: int) -> Iterator[None]:
+        """A save that times out is given up, and what it may still write is left for the next start to clean away."""
         try:
             with store.disk_errors(self._folder):
-                saving.result()
+                yield
         except (TimeoutError, OSError) as error:
             if not _of_a_late_save(error):
                 raise
@@ -101,11 +112,7 @@ class TrainingCheckpoints:
                 raise InputError(f"saving step {step} timed out; start again from the checkpoint before it") from error
             say(f"saving step {step} timed out (was the clock set?); the checkpoint before it stays, going on")
             self.close()
-            self._checkpointer = self._open()
-            return False
-        if jax.process_index() == 0 and _on_disk(self._folder):
-            store.note_sizes(Path(self._folder / str(step)))
-        return True
+            self._checkpointer = self._open(clean=False)
 
     def close(self) -> None:
         """Waits for what is under way."""
@@ -119,27 +126,14 @@ class TrainingCheckpoints:
                 if not _of_a_late_save(error):
                     raise
 
-    def _open(self) -> ocp.training.Checkpointer:
-        """Cleans what was half saved away."""
-        return self._patiently(
-            lambda: ocp.training.Checkpointer(
+    def _open(self, clean: bool) -> ocp.training.Checkpointer:
+        """With `clean` what an earlier run half saved is removed, which nobody may still be writing to."""
+        with store.disk_errors(self._folder):
+            return ocp.training.Checkpointer(
                 Path(self._folder).absolute() if _on_disk(self._folder) else self._folder,
                 preservation_policy=_preservation(self._config),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=clean,
             )
-        )
-
-    def _patiently(self, call: Callable[[], Any]) -> Any:
-        """What `call` gives. It removes what a save that timed out left, which may still be written to for a moment."""
-        waits = [0.2, 1.0, 5.0]
-        while True:
-            try:
-                with store.disk_errors(self._folder):
-                    return call()
-            except OSError as error:
-                if not _of_a_late_save(error) or not waits:
-                    raise
-                time.sleep(waits.pop(0))
 
     def restore(self, state: Any) -> tuple[Any, dict[str, int]]:
         """The newest whole checkpoint: (state in the shardings of `state`, counts); (`state`, {}) where there is none.

@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import signal
+import threading
 import time
 
 import jax
@@ -233,6 +234,41 @@ def test_a_clock_that_jumps_while_saving_costs_no_more_than_that_checkpoint(tiny
     monkeypatch.undo()
     jax.tree.map(np.testing.assert_array_equal, whole, state)
     jax.tree.map(np.testing.assert_array_equal, whole, go(tiny, tmp_path / "jumped", stop_after=0))  # all is saved
+
+
+def test_a_save_that_timed_out_and_still_writes_is_left_to_the_next_start(tiny, tmp_path, monkeypatch):
+    real, since, ended = time.time, time.monotonic() + 1e9, threading.Event()
+    left = tmp_path / "jumped" / "training" / "9.orbax-checkpoint-tmp"
+
+    def write():
+        for number in itertools.count():
+            (left / str(number)).mkdir(parents=True, exist_ok=True)
+            if ended.wait(1e-4):
+                return
+
+    writer = threading.Thread(target=write)
+
+    def jumps(step, batch):
+        nonlocal since
+        if step == 3:
+            since = time.monotonic()
+            writer.start()
+
+    whole = go(tiny, tmp_path / "whole")
+    monkeypatch.setattr(time, "time", lambda: real() + 4e9 * (time.monotonic() >= since))
+    try:
+        state = go(tiny, tmp_path / "jumped", change=jumps)
+    finally:
+        ended.set()
+        writer.join()
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, whole, state)
+    assert left.exists()
+    jax.tree.map(np.testing.assert_array_equal, whole, go(tiny, tmp_path / "jumped", stop_after=0))
+    deadline = time.monotonic() + 60  # Orbax cleans in a thread that nobody waits for
+    while left.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("size", [300, 3000])
