@@ -35,13 +35,16 @@ class Rows:
     @property
     def length(self) -> int:
         """Tokens of a row (L)."""
-        return self.row_tokens or self.images * self.captioner.length
+        return self._sizes[0]
 
     @property
     def targets(self) -> int:
         """Caption tokens that a row has room for (T)."""
-        room = self.length - self.images * self.captioner.first_position
-        return min(room, self.images * self.captioner.max_caption)
+        return self._sizes[1]
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        return sizes(self.captioner.first_position, self.captioner.max_caption, self.images, self.row_tokens)
 
     def row(self, captions: Sequence[list[int]]) -> tuple[dict[str, np.ndarray], int]:
         """The row of `images` captions, as `Captioner.caption_ids` gives them, and how many of them were cut.
@@ -79,6 +82,12 @@ class Rows:
         if self.images > 1:
             row["segments"][start:end] = segment
             row["positions"][start:end] = np.arange(end - start)
+
+
+def sizes(first_position: int, max_caption: int, images: int, row_tokens: int) -> tuple[int, int]:
+    """Tokens of a row (L), and caption tokens that it has room for (T); the arguments are `Captioner`'s and `Rows`'."""
+    length = row_tokens or images * (first_position + max_caption)
+    return length, min(length - images * first_position, images * max_caption)
 
 
 def _cut(captions: Sequence[list[int]], room: int) -> list[int]:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Float64
 
 from pivotjax.data.captions import Captioner
@@ -26,16 +25,18 @@ _SLOTS_A_CALL = 1024  # tokens of one forward pass: enough to keep the cores bus
 
 
 class Spread(NamedTuple):
-    """Devices that share the rows of a call: how many, and what puts a host array there, along its first axis.
+    """Devices that share the rows of a call: how many, what puts a host array there, along its first axis, and what
+    brings one back whole.
 
     Where they belong to several processes, all of them evaluate the same and get the same.
     """
 
     devices: int
     put: Callable[[np.ndarray], jax.Array]
+    fetch: Callable[[jax.Array], np.ndarray]
 
 
-HERE = Spread(1, jnp.asarray)
+HERE = Spread(1, jnp.asarray, np.asarray)
 
 
 def evaluate(
@@ -178,7 +179,7 @@ def _edge_rows(
             layout = (packed.tokens, packed.positions, packed.mask, packed.heads, packed.edge_head, packed.edge_token)
             given = [spread.put(part) for part in (visual, *(part[row] for part in layout))]
             count = min(batch, pairs - start)
-            found[start : start + count] = _on_host(_edges(language.graphdef, params, *given))[:count]
+            found[start : start + count] = spread.fetch(_edges(language.graphdef, params, *given))[:count]
             bar.update(count)
     return found.reshape(len(projectors), rows, packed.edge_head.shape[1])
 
@@ -191,12 +192,6 @@ def _projected(
 
 
 _apply = jax.jit(projector.apply)
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)

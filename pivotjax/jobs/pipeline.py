@@ -6,6 +6,7 @@ it on the host, so the experts come there first; nothing passes through the disk
 the first one writes.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from pivotjax.merging import Merge, Stacked, diagnostics, registry
 from pivotjax.merging import merge as merge_experts
 from pivotjax.models import projector
 from pivotjax.progress import say
-from pivotjax.training.parallel import ROWS
+from pivotjax.training import hosts, parallel
 
 _MERGES = {
     "average": {"method": "average"},
@@ -89,7 +90,7 @@ def run(config: PipelineConfig) -> Path:
         base, merges = trained.base(), {}
         for name, merge_of in config.merges.items():
             say(f"merging: {name}")
-            merges[name] = _merged(config, trained, list(experts), **merge_of)
+            merges[name] = _merged(config, trained, experts, **merge_of)
             if jax.process_index() == 0:
                 merge.save(config.out / "merges" / name, merges[name], name, base, experts)
         page = _evaluated(config, trained, base, experts, merges)
@@ -102,18 +103,18 @@ def run(config: PipelineConfig) -> Path:
 def _merged(
     config: PipelineConfig,
     trained: pretrain.Trained,
-    names: list[str],
+    experts: Mapping[str, store.Projector],
     method: str,
     calibrated: bool = False,
     **options: Any,
 ) -> Merge:
-    """One merge of the experts of that name; its parameters are on the host."""
+    """One merge of the experts that are alive; its parameters are on the host."""
     if calibrated:
-        sources = [[trained.domains[name].splits["calibration"]] for name in names]
+        sources = [[trained.domains[name].splits["calibration"]] for name in experts]
         data = calibration.of_experts(trained.frozen, sources, config.calibration)
-        experts = {name: one.params for name, one in trained.experts().items()}
-        return merge_experts(trained.w0, experts, method, calibration=data, **options)
-    rows, mesh = [trained.names.index(name) for name in names], trained.layout.mesh
+        params = {name: one.params for name, one in experts.items()}
+        return merge_experts(trained.w0, params, method, calibration=data, **options)
+    rows, mesh = [trained.names.index(name) for name in experts], trained.layout.mesh
     return merged_on_devices(mesh, trained.w0, trained.state.params, trained.names, rows, method, options)
 
 
@@ -179,13 +180,9 @@ def _evaluated(
 
 def _spread(mesh: jax.sharding.Mesh) -> Spread:
     """Rows of test items over the devices that rows of training batches are spread over, and those of the experts."""
-    axes = ("expert", *ROWS)
-    where = NamedSharding(mesh, P(axes))
-
-    def put(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
-
-    return Spread(int(np.prod([mesh.shape[axis] for axis in axes])), put)
+    axes = ("expert", *parallel.ROWS)
+    put = functools.partial(parallel.put, where=NamedSharding(mesh, P(axes)))
+    return Spread(int(np.prod([mesh.shape[axis] for axis in axes])), put, hosts.fetch)
 
 
 def _export(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pivotjax.data import rows
 from pivotjax.data.captions import Captioner
 from pivotjax.data.scenarios.folder import MANIFEST
 from pivotjax.errors import InputError
@@ -40,8 +41,8 @@ def experts(config: PretrainConfig, given: int) -> tuple[int, int]:
     else:
         domains = _EXPERTS
         say(f"the scenario {data.scenario} is not there yet: {domains} experts are assumed (--experts changes it)")
-    rows = config.training.batch // data.pack
-    return (1, domains * rows) if config.joint else (domains, rows)
+    each = config.training.batch // data.pack
+    return (1, domains * each) if config.joint else (domains, each)
 
 
 def described(model: ModelConfig, data: DataConfig, training: TrainingConfig, sizes: tuple[int, int]) -> Described:
@@ -55,11 +56,8 @@ def described(model: ModelConfig, data: DataConfig, training: TrainingConfig, si
     decoder = _decoder(model.language, dtype)
     online = data.features == "online"
     head = _before_captions(model.language, data, tower.tokens)
-    length = head - 1 + data.max_caption
-    targets, images = data.max_caption, data.pack
-    if images > 1:
-        length = data.row_tokens or images * length
-        targets = min(length - images * (head - 1), images * data.max_caption)
+    images = data.pack
+    length, targets = rows.sizes(head - 1, data.max_caption, images, data.row_tokens if images > 1 else 0)
     w0 = jax.eval_shape(
         lambda key: projector.init(model.projector.kind, tower.dim, decoder.config.dim, key, 1.0), jax.random.key(0)
     )

@@ -32,7 +32,9 @@ def report(step: Described, where: Slice, mesh: Mesh, done: Compiled, caption_to
     work, training, fits = step.work, step.training, done.program is not None
     minimum = step.minimum()
     found = collectives.find(done.program, mesh.size) if fits else []
-    line = _roofline(step, where, mesh, done, found) if fits else None
+    executed = flops.executed(done.program) if fits else None
+    kernels = _of_kernels(executed, minimum, mesh) if fits else 0.0
+    line = _roofline(step, where, mesh, done, found, kernels) if fits else None
     values = {
         "slice": {"name": where.accelerator_type, "topology": where.topology, "chips": where.chips,
                   "hosts": where.hosts, "source": where.source},
@@ -45,7 +47,7 @@ def report(step: Described, where: Slice, mesh: Mesh, done: Compiled, caption_to
             "images_encoded_in_step": work.online, "steps": training.steps,
         },
         "memory": _memory(step, where, mesh, done),
-        "flops": _flops(step, mesh, done, minimum),
+        "flops": _flops(step, mesh, executed, kernels, minimum),
         "hbm": {"bytes": traffic.hbm_bytes(done.program)} if fits else None,
         "collectives": _by_kind(found) if fits else None,
         "roofline": None if line is None else {**line._asdict(), "estimate": _ESTIMATES},
@@ -55,16 +57,17 @@ def report(step: Described, where: Slice, mesh: Mesh, done: Compiled, caption_to
     return values | {"advice": advice(step, values)}
 
 
-def _roofline(step: Described, where: Slice, mesh: Mesh, done: Compiled, found: Sequence[Collective]) -> Roofline:
+def _roofline(
+    step: Described, where: Slice, mesh: Mesh, done: Compiled, found: Sequence[Collective], kernels: float
+) -> Roofline:
     coordinates = np.array([device.coords for device in mesh.devices.flat])[:, : len(where.wraps)]
-    samples, least = step.work.experts * step.work.samples * step.work.images, step.minimum()
-    kernels = _of_kernels(done, mesh, least)
-    return roofline(done.program, found, where, coordinates, least.total, samples, step.training.steps, kernels)
+    samples, least = step.work.experts * step.work.samples * step.work.images, step.minimum().total
+    return roofline(done.program, found, where, coordinates, least, samples, step.training.steps, kernels)
 
 
-def _of_kernels(done: Compiled, mesh: Mesh, minimum: flops.Minimum) -> float:
+def _of_kernels(executed: flops.Executed, minimum: flops.Minimum, mesh: Mesh) -> float:
     """FLOPs of one device in custom kernels, which attention is for: by its formula, as their HLO does not tell."""
-    return float(minimum.attention) / mesh.size if flops.executed(done.program).kernels else 0.0
+    return float(minimum.attention) / mesh.size if executed.kernels else 0.0
 
 
 def _padding(step: Described, caption_tokens: float) -> float | None:
@@ -92,20 +95,21 @@ def _own_bytes(tree: Any) -> int:
                    for leaf in jax.tree.leaves(tree)))  # fmt: skip
 
 
-def _flops(step: Described, mesh: Mesh, done: Compiled, minimum: flops.Minimum) -> dict[str, Any]:
+def _flops(
+    step: Described, mesh: Mesh, executed: flops.Executed | None, kernels: float, minimum: flops.Minimum
+) -> dict[str, Any]:
     least = float(minimum.total) / mesh.size
     values = {"minimum": least, "minimum_parts": {k: float(v) / mesh.size for k, v in minimum._asdict().items()}}
-    if done.program is None:
+    if executed is None:
         return values | dict.fromkeys(("executed", "recomputed", "ratio_to_minimum", "ratio_with_recomputation"))
-    found, kernels = flops.executed(done.program), _of_kernels(done, mesh, minimum)
-    total = found.total + kernels
+    total = executed.total + kernels
     return values | {
         "executed": total,
-        "recomputed": found.recomputed,
-        "ratio_to_minimum": (total - found.recomputed) / least,
+        "recomputed": executed.recomputed,
+        "ratio_to_minimum": (total - executed.recomputed) / least,
         "ratio_with_recomputation": total / least,
         "traced": flops.asked(step.traced(mesh, step.without_remat()).jaxpr) / mesh.size,
-        "kernels": found.kernels,
+        "kernels": executed.kernels,
         "kernels_by_formula": kernels,
     }
 

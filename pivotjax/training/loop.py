@@ -105,10 +105,11 @@ def train(
                 told_to_end=told_to_end,
                 clock=clock,
                 rates=jax.device_get(jax.vmap(schedule(config))(jnp.arange(config.steps))),
+                done=done,
                 alive=hosts.fetch(state.alive),
                 bad_before=Counter(counts),
             )
-            return run.go(state, done)
+            return run.go(state)
 
 
 class _Started(NamedTuple):
@@ -142,6 +143,7 @@ class _Run:
     told_to_end: threading.Event
     clock: Callable[[], float]
     rates: Float[np.ndarray, " steps"]
+    done: int  # steps of the lives before this one
     alive: Bool[np.ndarray, " K"]
     bad_before: Counter[str]  # of the lives before this one
     bad: Int64[np.ndarray, " C"] = field(default_factory=lambda: np.zeros(len(COUNTED), np.int64))  # of this process
@@ -149,16 +151,20 @@ class _Run:
     time_to_save: bool = False
 
     def __post_init__(self) -> None:
-        self.last_saved, self.first = self.clock(), 1
+        self.last_saved = self.clock()
         self.watcher = ThreadPoolExecutor(1, "watch")
 
-    def go(self, state: TrainState, done: int) -> TrainState:
+    def go(self, state: TrainState) -> TrainState:
         """Steps `done + 1` to the last."""
-        if done >= self.config.steps:
+        if self.done >= self.config.steps:
             return state
-        self.first = done + 1
-        with contextlib.closing(self.feed.start(done)) as batches, contextlib.closing(self.profile):
-            for number in range(done + 1, self.config.steps + 1):
+        with (
+            contextlib.closing(self.feed.start(self.done)) as batches,
+            contextlib.closing(self.profile),
+            contextlib.ExitStack() as leaving,
+        ):
+            leaving.callback(self.watcher.shutdown, wait=False)  # a step may never end, where another process is gone
+            for number in range(self.done + 1, self.config.steps + 1):
                 state = self._start(number, state, batches)
                 self.saved.check()
                 last, end = number == self.config.steps, self.told_to_end.is_set() or hosts.preempted(number)
@@ -206,7 +212,7 @@ class _Run:
         self.alive = metrics.alive
         if number % self.config.log_every == 0 or number in (1, self.config.steps):
             self._row(number, metrics)
-        elif number == self.first:  # what compiles is no measure of what comes after
+        elif number == self.done + 1:  # what compiles is no measure of what comes after
             self.meter.restart()
         finite = metrics.loss[np.isfinite(metrics.loss)]
         self.bar.update(1, f"loss {finite.mean():.2f}" if finite.size else "")
