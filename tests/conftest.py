@@ -28,6 +28,9 @@ import pytest
 from pivotjax import cli
 from pivotjax.data import assets as store
 
+# A runner in the background may have been told to ignore Ctrl-C, which tests send to themselves and to their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_hoard():

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from test_pretrain_towers import items, make_language, make_tower
+from tiny_world import make_language, make_tower, pictures
 
 import pivotjax
 from pivotjax.checkpoints import store
@@ -24,7 +24,7 @@ def world(tmp_path_factory):
     make_language(folder / "language")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("plain", "simple"):
-            patch.setitem(SOURCES, name, Source(name, (), "none", "none", items))
+            patch.setitem(SOURCES, name, Source(name, (), "none", "none", lambda files: pictures()))
         options = {
             "out": folder / "run", "model.vision": folder / "tower", "model.language": folder / "language",
             "data.domains": ("plain", "simple"), "data.prompt": "a", "data.max-caption": 4, "data.train": 24,

@@ -1,24 +1,19 @@
 """`pivotjax pipeline` on one device, on 8, and on 2 processes of 2 devices: the same projectors, merges and numbers."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
-from test_pretrain_towers import COLOURS, make_language, make_tower
+from processes import COMMAND, environment, on_hosts
+from tiny_world import llava_corpus, make_language, make_tower
 
 from pivotjax.checkpoints import store
 from pivotjax.errors import InputError
 from pivotjax.jobs.pipeline import PipelineConfig
 from pivotjax.merging import merge
 
-ROOT = Path(__file__).parents[2]
 RUNS = {  # processes, devices of each, mesh
     "one": (1, 1, {}),
     "eight": (1, 8, {"expert": 2, "data": 2, "fsdp": 2}),
@@ -31,19 +26,6 @@ MERGES = {
 }
 
 
-def corpus(folder, seed):
-    """Pictures in LLaVA's JSON, plain ones of six colours."""
-    rng, rows = np.random.default_rng(seed), []
-    folder.mkdir()
-    for number in range(60):
-        colour = COLOURS[rng.integers(len(COLOURS))]
-        Image.new("RGB", (20 + number, 30), colour).save(folder / f"{number}.png")
-        said = [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": f"a {colour} picture"}]
-        rows.append({"id": f"{seed}-{number}", "image": f"{number}.png", "conversations": said})
-    (folder / "captions.json").write_text(json.dumps(rows))
-    return {"format": "llava_json", "path": str(folder / "captions.json"), "images": str(folder)}
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
@@ -51,7 +33,7 @@ def world(tmp_path_factory):
     make_tower("clip", folder / "vision")
     recipe = {
         "model": {"vision": str(folder / "vision"), "language": str(folder / "language")},
-        "data": {"corpora": {name: corpus(folder / name, seed) for seed, name in enumerate(("left", "right"))},
+        "data": {"corpora": {name: llava_corpus(folder / name, 60, k) for k, name in enumerate(("left", "right"), 1)},
                  "prompt": "a", "max_caption": 4, "features": "online", "calibration": 8, "test": 10},
         "training": {"steps": 6, "batch": 4, "learning_rate": 0.01, "log_every": 1},
         "checkpoints": {"every_steps": 3},
@@ -66,23 +48,10 @@ def world(tmp_path_factory):
 def start(world, name):
     """Runs the command in all its processes."""
     count, devices, mesh = RUNS[name]
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    args = ["pipeline", world / "recipe.yaml", "--out", world / name]
-    args += [word for axis, size in mesh.items() for word in (f"--mesh.{axis}", size)]
-    hosts = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", count] if count > 1 else []
-    commands = [[*args, *hosts, *(["--hosts.index", index] if hosts else [])] for index in range(count)]
-    processes = [
-        subprocess.Popen([sys.executable, "-m", "pivotjax.cli", *map(str, command)], env=env, stderr=subprocess.PIPE,
-                         text=True) for command in commands
-    ]  # fmt: skip
-    said = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(said)
-    return said
+    env = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    command = [*COMMAND, "pipeline", world / "recipe.yaml", "--out", world / name]
+    command += [word for axis, size in mesh.items() for word in (f"--mesh.{axis}", size)]
+    return on_hosts(count, command, env)
 
 
 @pytest.fixture(scope="module")

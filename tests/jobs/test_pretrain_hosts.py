@@ -1,30 +1,22 @@
 """`pivotjax pretrain` on two processes: the same projectors as on one, written once."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
-from PIL import Image
-from test_pretrain_towers import COLOURS, make_language, make_tower
+from processes import COMMAND, on_hosts
+from tiny_world import llava_corpus, make_language, make_tower
 
 from pivotjax.checkpoints import store
 from pivotjax.jobs import pretrain
 from pivotjax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 RECIPE = """
 model: {{vision: {0}/tower, language: {0}/language, select_layer: -1}}
 data:
   corpora:
-    plain: {{format: llava_json, path: {0}/plain.json}}
-    simple: {{format: llava_json, path: {0}/simple.json}}
+    plain: {{format: llava_json, path: {0}/plain/captions.json, images: {0}/plain}}
+    simple: {{format: llava_json, path: {0}/simple/captions.json, images: {0}/simple}}
   prompt: a
   max_caption: 4
   train: 24
@@ -45,37 +37,15 @@ def recipe(tmp_path_factory):
     make_language(folder / "language")
     make_tower("clip", folder / "tower")
     for name in ("plain", "simple"):
-        entries = []
-        for number in range(48):
-            colour = COLOURS[number % len(COLOURS)]
-            Image.new("RGB", (10 + number, 30), colour).save(folder / f"{name}{number}.png")
-            says = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"a {colour} picture"}]
-            entries.append({"id": f"{name}{number}", "image": f"{name}{number}.png", "conversations": says})
-        (folder / f"{name}.json").write_text(json.dumps(entries))
+        llava_corpus(folder / name)
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.format(folder))
     return path
 
 
-def on_two_processes(recipe, out):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pivotjax.cli", "pretrain", str(recipe), "--out", str(out), "--mesh.data", "2"]
-    command += ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", "2", "--hosts.index"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    running = [
-        subprocess.Popen([*command, str(k)], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        for k in range(2)
-    ]
-    said = [one.communicate(timeout=300)[1] for one in running]
-    assert [one.returncode for one in running] == [0, 0], said
-    return said
-
-
 def test_two_processes_give_the_projectors_of_one(recipe, tmp_path):
     pretrain.main([str(recipe), "--out", str(tmp_path / "one")])
-    said = on_two_processes(recipe, tmp_path / "two")
+    said = on_hosts(2, [*COMMAND, "pretrain", recipe, "--out", tmp_path / "two", "--mesh.data", 2])
     assert f"projectors: {tmp_path}/two/projectors" in said[0] and "projectors" not in said[1]
     for name in ("w0", "plain", "simple"):
         one, two = (store.load_projector(tmp_path / out / "projectors" / name) for out in ("one", "two"))

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -15,12 +14,12 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from test_pretrain_towers import COLOURS, make_language, make_tower
+from processes import COMMAND, environment
+from tiny_world import COLOURS, make_language, make_tower
 
 from pivotjax.checkpoints import store
 from pivotjax.training.metrics import read_metrics
 
-ROOT = Path(__file__).parents[2]
 SHARDS, SAMPLES = 3, 80
 
 
@@ -74,9 +73,8 @@ def recipe(tmp_path_factory):
 
 
 def pretrain(recipe, out, *args):
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "pivotjax.cli", "pretrain", str(recipe), "--out", str(out), *args]
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    command = [*COMMAND, "pretrain", str(recipe), "--out", str(out), *args]
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
 def workers(pid):

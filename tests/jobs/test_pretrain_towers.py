@@ -1,19 +1,16 @@
 """`pivotjax pretrain` with tiny CLIP and SigLIP towers from their Hugging Face folders, and what comes after it."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_world import SIDE, WORDS, make_language, make_tower, pictures
 
 from pivotjax.checkpoints import store
 from pivotjax.checkpoints.training import CheckpointConfig
 from pivotjax.data.features import FeatureSource
 from pivotjax.data.images import render
-from pivotjax.data.sources import SOURCES, Item, Source
+from pivotjax.data.sources import SOURCES, Source
 from pivotjax.errors import InputError
 from pivotjax.jobs import assemble, generate
 from pivotjax.jobs.assemble import DataConfig, ModelConfig
@@ -21,52 +18,6 @@ from pivotjax.jobs.pretrain import PretrainConfig, run
 from pivotjax.models.projector import ProjectorConfig
 from pivotjax.training.metrics import read_metrics
 from pivotjax.training.optimizer import TrainingConfig
-
-SIDE = 18  # no multiple of the patch
-SIZES = dict(
-    hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=4
-)
-COLOURS = ("red", "green", "blue", "white", "black", "yellow")
-WORDS = ("[?]", "<end>", "a", "picture", *COLOURS)
-
-
-def make_tower(kind, folder):
-    torch.manual_seed(0)
-    if kind == "clip":
-        model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES))
-        processor = transformers.CLIPImageProcessorPil(size=SIDE, crop_size=SIDE)
-    else:
-        model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZES))
-        processor = transformers.SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    model.eval().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model, processor
-
-
-def make_language(folder):
-    torch.manual_seed(0)
-    sizes = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1
-    )
-    config = transformers.LlamaConfig(**sizes, vocab_size=len(WORDS), eos_token_id=1, max_position_embeddings=64)
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # so that what stands before a caption matters
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[?]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-
-
-def items(files):
-    """Plain pictures of several sizes and six colours."""
-    found = []
-    for number in range(48):
-        colour, png = COLOURS[number % len(COLOURS)], io.BytesIO()
-        Image.new("RGB", (10 + number, 30), colour).save(png, "PNG")
-        found.append(Item(f"plain/{number}", f"picture {number}", f"a {colour} picture", png.getvalue(), "png"))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +27,7 @@ def world(tmp_path_factory):
     make_language(folder / "language")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("plain", "simple"):
-            patch.setitem(SOURCES, name, Source(name, (), "none", "none", items))
+            patch.setitem(SOURCES, name, Source(name, (), "none", "none", lambda files: pictures()))
         yield folder
 
 
@@ -124,10 +75,10 @@ def test_features_on_disk_are_the_towers(trained, world):
     paths = list((world / "cache" / "features").glob("plain-test-*"))
     by_tokens = {source[0]["features"].shape: source for source in (FeatureSource(path, "plain") for path in paths)}
     source = by_tokens[(17, 24) if kind == "clip" else (4, 96)]
-    known = {item.key: item for item in items({})}
-    pictures = [render(known[source[i]["key"]], SIDE) for i in range(len(source))]
+    known = {item.key: item for item in pictures()}
+    rendered = [render(known[source[i]["key"]], SIDE) for i in range(len(source))]
     with torch.no_grad():
-        pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+        pixels = processor(rendered, return_tensors="pt")["pixel_values"]
         states = model(pixels, output_hidden_states=True).hidden_states
     expected = (states[-1] if kind == "clip" else states[-2]).numpy()
     if kind == "siglip":

@@ -1,10 +1,7 @@
 """`pivotjax scenario`: a folder, whole or not at all, the same bytes wherever it is made."""
 
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from drawn import FORMAT, THEMES, picture, png
+from processes import on_hosts
 
 from pivotjax import files
 from pivotjax.data import corpora
@@ -190,25 +188,8 @@ cli.main(["scenario", *sys.argv[1:]])
 def test_two_processes_write_what_one_writes(recipe, done, tmp_path):
     """Over loopback: each reads half of the blocks, the first writes."""
     done("scenario", recipe)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = ["--out", tmp_path / "two", "--cache", tmp_path / "shared", "--hosts.count", 2]
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS.format(tests=str(TESTS)), recipe, *map(str, shared),
-             "--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.index", str(index)],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for index in (0, 1)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=120)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], said
+    process = [sys.executable, "-c", PROCESS.format(tests=str(TESTS))]
+    said = on_hosts(2, [*process, recipe, "--out", tmp_path / "two", "--cache", tmp_path / "shared"])
     assert arrays(tmp_path / "two") == arrays(tmp_path / "out")
     assert files.read_json(tmp_path / "two/manifest.json") == files.read_json(tmp_path / "out/manifest.json")
     assert "sample" in said[0] and "sample" not in said[1]  # the first alone speaks

@@ -1,7 +1,5 @@
 """Several processes on the loopback address train as one does, and end together."""
 
-import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +8,7 @@ from pathlib import Path
 import jax
 import loopback
 import numpy as np
+import processes
 import pytest
 
 from pivotjax.errors import InputError
@@ -17,7 +16,7 @@ from pivotjax.training import hosts
 from pivotjax.training.hosts import HostsConfig
 from pivotjax.training.metrics import read_metrics
 
-ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
+HERE = Path(__file__).parent
 STEPS = 10
 QUICK = {  # to compile, not to run
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
@@ -25,31 +24,11 @@ QUICK = {  # to compile, not to run
 }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def together(out, mesh, count, what="", steps=STEPS):
     """All processes of a run: [(status, stderr)]."""
-    path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path} | QUICK
-    port = str(free_port())
-    commands = [
-        [sys.executable, str(HERE / "loopback.py"), str(out), str(steps), mesh, str(count), str(k), port, what]
-        for k in range(count)
-    ]
-    running = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    try:
-        said = [one.communicate(timeout=240)[1] for one in running]
-    finally:
-        for one in running:
-            one.kill()
-    return [(one.returncode, err) for one, err in zip(running, said)]
+    script, port = [sys.executable, HERE / "loopback.py"], processes.free_port()
+    commands = [[*script, out, steps, mesh, count, index, port, what] for index in range(count)]
+    return processes.together(commands, processes.environment(**QUICK), timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +94,10 @@ def test_one_that_fails_ends_all_and_what_was_saved_stays(tmp_path, alone, what,
 @pytest.mark.parametrize("index", [0, 1])
 def test_others_that_never_come_are_waited_for_so_long_and_no_longer(index):
     code = "import sys; from pivotjax.training import hosts; from pivotjax.errors import InputError\n"
-    code += f"config = hosts.HostsConfig('127.0.0.1:{free_port()}', 2, {index}, timeout=2)\n"
+    code += f"config = hosts.HostsConfig('127.0.0.1:{processes.free_port()}', 2, {index}, timeout=2)\n"
     code += "try:\n    hosts.joined(config).__enter__()\nexcept InputError as error:\n    "
     code += "sys.exit(f'pivotjax: {error}')"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=processes.ROOT, timeout=60)
     assert ended.returncode in (1, 2)
     assert ended.stderr.startswith(f"pivotjax: process {index} of 2 did not meet the others at 127.0.0.1:")
     assert "within 2 s; check hosts.coordinator" in ended.stderr and ended.stderr.count("\n") == 1
