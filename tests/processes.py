@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "pivotjax.cli"]
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile, not to run
 
 
 class Ran(NamedTuple):
@@ -50,9 +51,9 @@ class Ended(NamedTuple):
     err: str
 
 
-def environment(**more: str) -> dict[str, str]:
-    """That of a process which imports what this one does, and `more`."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])} | more
+def environment(*folders: str, **more: str) -> dict[str, str]:
+    """That of a process which imports pivotjax and what is in `folders`; `more` is added."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *folders, os.environ.get("PYTHONPATH", "")])} | more
 
 
 def free_port() -> int:

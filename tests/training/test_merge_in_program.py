@@ -2,15 +2,15 @@
 and under pmap, it gives what a merge on one device gives."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import QUICK, environment
 
-ROOT = Path(__file__).parents[2]
+HERE = str(Path(__file__).parent)
 METHODS = ["pivot", "ties", "iso_c"]
 
 SCRIPT = f"""
@@ -70,9 +70,8 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found():
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": path}
-    ended = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    env = environment(HERE, XLA_FLAGS=f"{QUICK} --xla_force_host_platform_device_count=8")
+    ended = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)
 
