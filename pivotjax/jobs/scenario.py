@@ -78,7 +78,8 @@ def _run(config: ScenarioConfig) -> Path:
     cache = assets.cache_folder(config.cache)
     with hosts.cache_filled_once(cache):
         pool = Pool({name: open_corpus(corpus, cache) for name, corpus in config.corpora.items()})
-    if _is_there(config, pool):
+    there = jax.process_index() == 0 and _is_there(config, pool)  # the others may not see `out`
+    if hosts.gather(np.asarray(there))[0]:
         say(f"scenario: {config.out} (was there)")
         return config.out
     splitter = SPLITTERS[config.domains.by]
@@ -111,7 +112,7 @@ def _is_there(config: ScenarioConfig, pool: Pool) -> bool:
 
 def _split(config: ScenarioConfig, pool: Pool, stored: dict[str, columns.Stored]) -> None:
     """From what is known of every sample to the folder."""
-    keys, reasons = stored["keys"].map(), stored["reasons"].map()
+    keys, reasons = stored["keys"].map(), columns.reasons(stored)
     good = reasons == columns.GOOD
     bad = Counter(columns.bad(reasons))
     if not good.any():
