@@ -82,7 +82,7 @@ def _memory(step: Described, where: Slice, mesh: Mesh, done: Compiled) -> dict[s
     return {
         **done.memory._asdict(),
         "hbm_bytes": int(where.hbm_bytes),
-        "over": max(0, done.memory.bytes - done.memory.limit),
+        "fits": done.memory.fits,
         "state": _own_bytes(state),
         "batch": _own_bytes(batch),
         "backbone": {**once._asdict(), "repeated": list(once.repeated)},
@@ -133,7 +133,8 @@ def advice(step: Described, values: dict[str, Any]) -> list[str]:
     if line is None:
         rows = training.device_batch or _rows(step, values["mesh"])
         return [
-            f"does not fit: {_gib(memory['over'])} GiB over the {_gib(memory['limit'])} GiB that a chip has",
+            f"does not fit: {_gib(memory['over'])} GiB more than the compiler may use of a chip's "
+            f"{_gib(memory['hbm_bytes'])} GiB",
             f"change: --training.device-batch {max(1, rows // 2)}, --training.remat layers, or a larger --mesh.fsdp",
         ]
     waits = line["step_seconds"] - line["compute_seconds"]
@@ -183,7 +184,7 @@ def table(values: dict[str, Any]) -> str:
         ("step", f"{given['experts']} experts x {given['samples_per_expert']} samples x {given['tokens_per_sample']} "
                  f"tokens{padding}; remat {given['remat']}, at most {given['device_batch'] or 'all'} samples at once"),
         ("memory", f"{'fits' if memory['fits'] else 'DOES NOT FIT'}: {_gib(memory['bytes'])} of "
-                   f"{_gib(memory['limit'])} GiB a chip"),
+                   f"{_gib(memory['hbm_bytes'])} GiB a chip"),
     ]  # fmt: skip
     if memory["arguments"] is not None:
         kinds = ("arguments", "outputs", "aliased", "temporaries", "code")
