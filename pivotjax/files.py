@@ -55,6 +55,19 @@ def output_folder(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def plain_errors(path: str) -> Iterator[None]:
+    """Around use of a path: OSError for whatever a bucket's client raises; InputError where there is none."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f'{path} needs gcsfs: pip install "pivotjax[gcs]"') from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # every client has errors of its own
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
 def atomic_path(path: Path, keep: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path` (file or folder, up to the caller) and renames it there on success.
 

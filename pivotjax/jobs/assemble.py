@@ -347,14 +347,6 @@ def _fitting(stored: features.ShardedFeatures, captioner: Captioner, dropped: Co
     return features.Chosen(stored, fitting)
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that numbers depend on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {"pivotjax": __version__, "python": platform.python_version()} | {
-        name: metadata.version(name) for name in packages
-    }
-
-
 def load_projector(path: Path) -> store.Projector:
     """A projector and its provenance, from an Orbax folder or a .safetensors file."""
     return (

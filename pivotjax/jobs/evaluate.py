@@ -25,6 +25,7 @@ from pivotjax.jobs.merge import check_siblings
 from pivotjax.models import projector
 from pivotjax.progress import say
 
+from pivotjax.versions import versions
 
 @dataclass(frozen=True)
 class MeasureConfig:
@@ -140,7 +141,7 @@ def describe(title: str, config: Any, seeds: Sequence[int]) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["pivotjax", *sys.argv[1:]]),
         "machine": {"platform": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
-        "versions": assemble.versions(),
+        "versions": versions(),
         "config": configs.resolved(config),
         "seeds": list(seeds),
     }

@@ -14,7 +14,7 @@ from flax import nnx
 
 from pivotjax import config as configs
 from pivotjax.checkpoints import store, torch_bridge
-from pivotjax.checkpoints.training import CheckpointConfig
+from pivotjax.checkpoints.training import CheckpointConfig, prepare_folder
 from pivotjax.data import assets
 from pivotjax.data.pipeline import Feed
 from pivotjax.jobs import assemble, output
@@ -30,8 +30,11 @@ from pivotjax.training.loop import train
 from pivotjax.training.metrics import MetricsConfig, Work
 from pivotjax.training.optimizer import TrainingConfig, adamw, per_expert
 from pivotjax.training.step import Network, TrainState, init_state, make_evaluation, make_step
+from pivotjax.versions import versions
 
 _LATER = ("merges", "export", "unseen", "calibration", "measure")  # of `pivotjax pipeline`, after training
+# What the errors of a run advise to change, and paths of models, for which their hashes stand.
+_FREE = ("training.guard", "data.bad_limit", "model.vision", "model.language")
 _DECIDES = ("model", "data", "training", "joint", "seed")  # sections that the numbers of a run depend on
 
 
@@ -117,7 +120,7 @@ class Trained:
             "init_id": projector.fingerprint(self.w0),
             "backbone": self.frozen.identity,
             "config": configs.resolved(self.config),
-            "versions": assemble.versions(),
+            "versions": versions(),
             "samples": {name: {split: len(s) for split, s in d.splits.items()} for name, d in self.domains.items()},
         }
 
@@ -138,8 +141,20 @@ def trained(config: PretrainConfig) -> Iterator[Trained]:
     """Trains, or goes on training. The processes of the run are joined until the context is left."""
     with hosts.joined(config.hosts):
         if jax.process_index() == 0:
-            output.claim(config.out, config, _LATER)
-        yield _trained(config)
+            output.claim(config.out, config, (*_LATER, *_FREE))
+        prepare_folder(config.out, config.checkpoints)  # before minutes of loading
+        yield _trained(config, needs)
+
+
+def _check(config: PretrainConfig) -> None:
+    """InputError for options that would do nothing."""
+    if config.checkpoints.keep_best and not config.metrics.evaluate_every:
+        raise InputError("checkpoints.keep_best goes by the held-out loss; give metrics.evaluate_every as well")
+    if config.metrics.profile_from > config.training.steps:
+        raise InputError(
+            f"metrics.profile_from is {config.metrics.profile_from}, but training.steps {config.training.steps}; give "
+            "a step of the run"
+        )
 
 
 def write(outcome: Trained) -> Path:
@@ -232,7 +247,7 @@ def _belongs(
     config: PretrainConfig, frozen: assemble.Frozen, domains: dict[str, assemble.Domain]
 ) -> dict[str, Any]:
     """What a checkpoint of the run is made of. InputError where the processes do not see the same data."""
-    settings = {key: value for key, value in output.compared(config).items() if key.split(".")[0] in _DECIDES}
+    settings = {key: value for key, value in output.compared(config, _FREE).items() if key.split(".")[0] in _DECIDES}
     made_of = {f"backbone.{part}": identity for part, identity in frozen.identity.items()}
     made_of |= {f"data of {name}": domain.identity for name, domain in domains.items()}
     hosts.agree(made_of)

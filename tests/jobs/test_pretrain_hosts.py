@@ -58,4 +58,4 @@ def test_two_processes_give_the_projectors_of_one(recipe, tmp_path):
         curves = [[row[name]["loss"] for row in rows for name in ("plain", "simple")] for rows in (one, two)]
         np.testing.assert_allclose(*curves, rtol=1e-5)
     names = {path.name for path in (tmp_path / "two").iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "held_out.jsonl", "projectors", "training"}
+    assert names == {"config.yaml", "metrics.jsonl", "held_out.jsonl", "checkpoints.json", "projectors", "training"}

@@ -5,12 +5,13 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import BinaryIO, Generic, TypeVar
 
 import fsspec
 
-from pivotjax.errors import InputError
+from pivotjax.files import plain_errors
 
 T = TypeVar("T")
 
@@ -99,19 +100,6 @@ def stamp(path: str) -> tuple[int, str]:
         about = system.info(inside)
     version = next((about[key] for key in ("generation", "etag", "updated", "mtime", "created") if key in about), "")
     return int(about["size"]), str(version)
-
-
-@contextlib.contextmanager
-def plain_errors(path: str) -> Iterator[None]:
-    """OSError for whatever a bucket's client raises; InputError where there is none."""
-    try:
-        yield
-    except ImportError as error:
-        raise InputError(f'reading {path} needs gcsfs: pip install "pivotjax[gcs]"') from error
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # every client has errors of its own
-        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def why(error: Exception) -> str:
