@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from pivotjax import config as configs
 from pivotjax.checkpoints import store, torch_bridge
@@ -20,7 +19,6 @@ from pivotjax.data.pipeline import Feed
 from pivotjax.jobs import assemble, output
 from pivotjax.jobs.assemble import DataConfig, ModelConfig
 from pivotjax.models import projector, vision
-from pivotjax.models.vision import VisionTransformer
 from pivotjax.progress import say
 from pivotjax.tpu import flops
 from pivotjax.training import hosts, parallel
@@ -258,12 +256,9 @@ def _work(config: PretrainConfig, frozen: assemble.Frozen, feed: Feed, w0: proje
     """The least FLOPs of a token, an image and a caption token, as `pivotjax compile` counts them; an encoder inside
     the step counts where it is a vision transformer."""
     encoder, rows, online = frozen.encoder, feed.layout, config.data.features == "online"
-    tower, depth = nnx.merge(encoder.graphdef, encoder.params), 0
-    vision_config = tower.config if isinstance(tower, VisionTransformer) else None
-    if vision_config is not None:
-        depth = vision.depth_of(config.model.select_layer, vision_config.num_layers)
+    parts = encoder.graphdef, encoder.params, encoder.features, encoder.normalise, encoder.image_size
     row = flops.Work(1, 1, rows.images, encoder.num_tokens, rows.length, rows.targets, online)
-    least = flops.minimum(row, frozen.language.config, w0, vision_config, depth)
+    least = flops.minimum(row, frozen.language.config, w0, flops.of_image(*parts) if online else 0.0)
     return Work(
         token=(least.decoder + least.attention) / rows.length,
         image=(least.projector + least.vision) / rows.images,
