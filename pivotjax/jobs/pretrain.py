@@ -15,7 +15,9 @@ from pivotjax import config as configs
 from pivotjax.checkpoints import store, torch_bridge
 from pivotjax.checkpoints.training import CheckpointConfig, prepare_folder
 from pivotjax.data import assets
+from pivotjax.data.domains import Split
 from pivotjax.data.pipeline import Feed
+from pivotjax.errors import InputError
 from pivotjax.jobs import assemble, output
 from pivotjax.jobs.assemble import DataConfig, ModelConfig
 from pivotjax.models import projector, vision
@@ -135,12 +137,17 @@ def run(config: PretrainConfig) -> Path:
 
 
 @contextlib.contextmanager
-def trained(config: PretrainConfig) -> Iterator[Trained]:
-    """Trains, or goes on training. The processes of the run are joined until the context is left."""
+def trained(config: PretrainConfig, needs: Sequence[Split] = ()) -> Iterator[Trained]:
+    """Trains, or goes on training. The processes of the run are joined until the context is left.
+
+    `needs` are held-out splits that every domain must have for what comes after training.
+    """
+    _check(config)
     with hosts.joined(config.hosts):
         if jax.process_index() == 0:
             output.claim(config.out, config, (*_LATER, *_FREE))
-        prepare_folder(config.out, config.checkpoints)  # before minutes of loading
+        if config.checkpoints.folder or jax.process_count() > 1:  # what may fail is found before minutes of loading
+            prepare_folder(config.out, config.checkpoints)
         yield _trained(config, needs)
 
 
@@ -166,11 +173,12 @@ def write(outcome: Trained) -> Path:
     return folder
 
 
-def _trained(config: PretrainConfig) -> Trained:
+def _trained(config: PretrainConfig, needs: Sequence[Split] = ()) -> Trained:
     cache = assets.cache_folder(config.cache)
     with hosts.cache_filled_once(cache):
-        assets.fetch(assemble.asset_names(config.model, config.data.packaged), cache)
         names = assemble.domain_names(config.data, cache)
+        assemble.check_weights(config.data, names, config.joint)
+        assets.fetch(assemble.asset_names(config.model, config.data.packaged), cache)
         corpora = assemble.open_corpora(config.data, cache)
     sources = {"joint": list(names)} if config.joint else {name: [name] for name in names}
     rows = config.training.batch // config.data.pack * len(next(iter(sources.values())))
@@ -182,6 +190,9 @@ def _trained(config: PretrainConfig) -> Trained:
         domains = {name: assemble.load_domain(name, config.data, frozen, cache) for name in config.data.packaged}
     for name in names[len(domains) :]:  # the processes share the encoding of what is large
         domains[name] = assemble.load_domain(name, config.data, frozen, cache, corpora=corpora)
+    for domain in domains.values():
+        for split in needs:
+            domain.samples(split)
     # What was to be encoded is: from here on only the step's own copy of the encoder is on the devices.
     frozen = _with_encoder(frozen, jax.device_get)
     w0 = initial_projector(config, frozen)
@@ -253,8 +264,7 @@ def _belongs(
 
 
 def _work(config: PretrainConfig, frozen: assemble.Frozen, feed: Feed, w0: projector.Params) -> Work:
-    """The least FLOPs of a token, an image and a caption token, as `pivotjax compile` counts them; an encoder inside
-    the step counts where it is a vision transformer."""
+    """The least FLOPs of a token, an image and a caption token, as `pivotjax compile` counts them."""
     encoder, rows, online = frozen.encoder, feed.layout, config.data.features == "online"
     parts = encoder.graphdef, encoder.params, encoder.features, encoder.normalise, encoder.image_size
     row = flops.Work(1, 1, rows.images, encoder.num_tokens, rows.length, rows.targets, online)
