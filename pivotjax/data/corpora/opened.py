@@ -1,6 +1,5 @@
 """Files kept open: as many as last used, in each process its own, usable from several threads."""
 
-import contextlib
 import os
 import stat
 import threading
@@ -19,25 +18,35 @@ T = TypeVar("T")
 class Opened(Generic[T]):
     """What `open` gives for a key; the `most` last used are kept. Travels to other processes empty.
 
+    A key is opened once, by the thread that asks first; others that ask meanwhile wait for it, or for its error.
+
     Nothing is closed by hand: another thread may still read from what has just been pushed out.
     """
 
     def __init__(self, open: Callable[..., T], most: int):
         self._open, self._most = open, most
-        self._kept: OrderedDict[tuple, T] = OrderedDict()
+        self._kept: OrderedDict[tuple, Future[T]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, *key) -> T:
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        opened = self._open(*key)
-        with self._lock:
-            self._kept[key] = opened
+            is_first = key not in self._kept
+            opened = self._kept.setdefault(key, Future())
+            self._kept.move_to_end(key)
             while len(self._kept) > self._most:
                 self._kept.popitem(last=False)
-        return opened
+        if is_first:
+            self._fulfil(opened, key)
+        return opened.result()
+
+    def _fulfil(self, opened: Future, key: tuple) -> None:
+        try:
+            opened.set_result(self._open(*key))
+        except BaseException as error:
+            with self._lock:  # who asks next tries again
+                if self._kept.get(key) is opened:
+                    del self._kept[key]
+            opened.set_exception(error)
 
     def __reduce__(self):
         return Opened, (self._open, self._most)
