@@ -136,7 +136,7 @@ def _worth(way: _Way) -> tuple[bool, float]:
 
 
 def _save(folder: Path, best: _Way, values: dict[str, Any], where: Slice) -> None:
-    if best.done.executable is None:
+    if not best.done.memory.fits:
         say(f"the step does not fit, so nothing is saved in {folder}")
         return
     ahead.save(folder, best.done.executable, where.devices(), values)
