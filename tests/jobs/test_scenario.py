@@ -118,7 +118,7 @@ def test_a_corpus_that_changed(recipe, done, refused, tmp_path, monkeypatch):
         (["--splits.train", "0.9"], "must sum to 1"),
         (["--corpora.food.format", "webdatasets"], "did you mean webdataset"),
         (["--corpora.food.path", "food 40 1", "--corpora.animals.path", "animals 40 1", "--corpora.cities.path",
-          "cities 40 1"], "none of 120 samples can be used"),
+          "cities 40 1", "--bad-limit", "1"], "none of 120 samples can be used"),
         (["--domains.by", "keywords"], "needs topics"),
     ],
 )  # fmt: skip
