@@ -165,8 +165,8 @@ class Batches(Iterator[Batch]):
         self.read += batch["ids"].size
         self._recent += batch["bad"][: len(REASONS)]
         self._recent_read += batch["ids"].size
-        self._check(self.counts[: len(REASONS)], self.read, "")
-        self._check(self._recent, self._recent_read, "the last ", _WINDOW)
+        self._check(self.counts[: len(REASONS)], self.read)
+        self._check(self._recent, self._recent_read, _WINDOW)
         if self._recent_read + self._recent.sum() >= _WINDOW:
             self._recent, self._recent_read = np.zeros_like(self._recent), 0
         self._tell()
@@ -182,7 +182,7 @@ class Batches(Iterator[Batch]):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check(self, counts: np.ndarray, read: int, which: str, window: int = 0) -> None:
+    def _check(self, counts: np.ndarray, read: int, window: int = 0) -> None:
         """InputError as soon as the bad samples are too many of those that were tried, or of a whole window."""
         bad = int(counts.sum())
         tried = read + bad
@@ -190,7 +190,7 @@ class Batches(Iterator[Batch]):
             self.close()
             reasons = ", ".join(f"{count} {reason}" for reason, count in zip(REASONS, counts) if count)
             raise InputError(
-                f"{bad} of {which}{tried} samples read are bad ({reasons}), over data.bad_limit = {self._limit}; "
+                f"{bad} of {'the last ' if window else ''}{tried} samples read are bad ({reasons}), over data.bad_limit = {self._limit}; "
                 "mend the data or raise the limit"
             )
 

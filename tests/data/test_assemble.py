@@ -90,6 +90,15 @@ def test_a_corpus_in_its_splits(tmp_path, data, frozen):
         assemble.load_domain("web", replace(data, test=55), frozen, tmp_path / "cache")
 
 
+def test_online_a_picture_is_decoded_only_where_its_caption_fits(tmp_path, data, frozen):
+    everything = replace(data, features="online", calibration=0, test=0)
+    train = assemble.load_domain("web", everything, frozen, tmp_path).splits["train"]
+    for number in WORDY:
+        with pytest.raises(BadSample, match="caption too long"):
+            train[number]
+    assert train[0]["caption"] == "number 0"
+
+
 def test_what_is_not_trained_on_is_said(tmp_path, data, frozen, capsys):
     assemble.load_domain("web", data, frozen, tmp_path)
     assert "data.train" not in capsys.readouterr().err
