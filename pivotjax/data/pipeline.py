@@ -189,8 +189,9 @@ class Batches(Iterator[Batch]):
         if too_many(bad, max(tried, window), self._limit):
             self.close()
             reasons = ", ".join(f"{count} {reason}" for reason, count in zip(REASONS, counts) if count)
+            what = f"{'the last ' if window else ''}{tried} samples read"
             raise InputError(
-                f"{bad} of {'the last ' if window else ''}{tried} samples read are bad ({reasons}), over data.bad_limit = {self._limit}; "
+                f"{bad} of {what} are bad ({reasons}), over data.bad_limit = {self._limit}; "
                 "mend the data or raise the limit"
             )
 
