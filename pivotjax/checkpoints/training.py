@@ -139,12 +139,22 @@ class TrainingCheckpoints:
 
     def _open(self, clean: bool) -> ocp.training.Checkpointer:
         """With `clean` what an earlier run half saved is removed, which nobody may still be writing to."""
-        with store.disk_errors(self._folder):
-            return ocp.training.Checkpointer(
-                Path(self._folder).absolute() if _on_disk(self._folder) else self._folder,
-                preservation_policy=_preservation(self._config),
-                cleanup_tmp_directories=clean,
-            )
+        try:
+            with store.disk_errors(self._folder):
+                return ocp.training.Checkpointer(
+                    Path(self._folder).absolute() if _on_disk(self._folder) else self._folder,
+                    preservation_policy=_preservation(self._config),
+                    cleanup_tmp_directories=clean,
+                )
+        except InputError:
+            raise
+        except OSError as error:
+            raise _cannot_read(self._folder, error) from error
+        except ValueError as error:  # from one checkpoint's metadata; which one's, Orbax does not say
+            raise InputError(
+                f"the training checkpoints in {self._folder} cannot be listed ({error}); remove the one whose "
+                "_CHECKPOINT_METADATA is damaged, to go on from another"
+            ) from error
 
     def restore(self, state: Any) -> tuple[Any, dict[str, int]]:
         """The newest whole checkpoint: (state in the shardings of `state`, counts); (`state`, {}) where there is none.

@@ -196,6 +196,14 @@ def test_a_state_of_other_arrays_is_refused_with_the_versions(folder, monkeypatc
     assert steps_in(folder) == [1, 2]
 
 
+def test_metadata_that_orbax_cannot_list_are_one_line(folder):
+    write(folder, [1, 2])
+    path = folder / "2" / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace("init_timestamp_nsecs", "init_timestamp_nsdcs"))
+    with pytest.raises(InputError, match=f"the training checkpoints in {folder} cannot be listed"):
+        read(folder)
+
+
 def test_where_all_are_damaged_nothing_begins_anew(folder):
     write(folder, [1, 2])
     for step in ("1", "2"):
