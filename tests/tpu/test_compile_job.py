@@ -262,3 +262,12 @@ def test_shipped_recipes_by_their_shapes(recipe, work):
     parameters = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(step.frozen["language"]))
     published = {"llava15-7b-cc12m": 6_738_415_616, "siglip-qwen25-cc12m": 1_543_714_304, "colab-small": 134_515_008}
     assert parameters == published[recipe]  # as the models' cards count them
+
+
+@pytest.mark.parametrize(("features", "image"), [("cache", 0), ("online", 0.70e9)])
+def test_an_encoder_inside_the_step_is_in_the_minimum(features, image):
+    """EfficientNet-Lite0, which is no vision transformer."""
+    args = [str(ROOT / "train" / "colab-small.yaml"), "--tpu", str(V5E4), "--data.features", features]
+    config = job.configs.parse(job.CompileConfig, args, "compile")
+    step = job.shapes.described(config.model, config.data, config.training, (3, 32))
+    assert step.minimum().vision == pytest.approx(3 * 32 * image, rel=0.01)
