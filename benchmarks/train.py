@@ -60,21 +60,29 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the model and the batches there")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)  # one process of a row
     args = parser.parse_args()
-    if args.row or args.profile:
-        return print(json.dumps(run(args.row or args.profile, args)))
+    if args.row:
+        return print(json.dumps(run(args.row, args)))
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        if not (folder / "batches.npz").exists():
-            prepare(folder, args)
+        args.folder = args.folder or Path(temporary)
+        if not batches_file(args).exists():
+            prepare(args)
+        if args.profile:
+            run(args.profile, args)
+            return
         found: dict[str, list[dict]] = {row: [] for row in args.rows}
         for _ in range(args.rounds):
             for row in args.rows:
-                found[row].append(child(row, folder, args))
+                found[row].append(child(row, args))
         report(found, args)
 
 
-def child(row: str, folder: Path, args: argparse.Namespace) -> dict:
-    command = [sys.executable, __file__, "--row", row, "--folder", str(folder), "--steps", str(args.steps),
+def batches_file(args: argparse.Namespace) -> Path:
+    """Batches of so many samples for so many steps; a folder may keep several."""
+    return args.folder / f"batches-{args.batch}x{args.steps}.npz"
+
+
+def child(row: str, args: argparse.Namespace) -> dict:
+    command = [sys.executable, __file__, "--row", row, "--folder", str(args.folder), "--steps", str(args.steps),
                "--batch", str(args.batch)]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     if ended.returncode:
@@ -82,17 +90,19 @@ def child(row: str, folder: Path, args: argparse.Namespace) -> dict:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def prepare(folder: Path, args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace) -> None:
     """Writes the model in Hugging Face folders (what both sides load) and the batches."""
     import torch
     import transformers
 
+    from pivotjax import files
     from pivotjax.data import assets
     from pivotjax.data.images import render
     from pivotjax.data.sources import source
     from pivotjax.models.language import load_language
 
     torch.manual_seed(0)
+    folder = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER))
     decoder = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, bos_token_id=0, eos_token_id=0))
@@ -110,11 +120,12 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
         chosen = [items[i] for i in np.random.default_rng(0).permutation(len(items))[: steps * args.batch]]
         batches[f"{name}.images"] = np.stack([render(item, TOWER["image_size"]) for item in chosen])
         batches[f"{name}.captions"] = np.array([item.caption for item in chosen])
-    np.savez(folder / "batches.npz", **batches)
+    with files.atomic_path(batches_file(args)) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **batches)
 
 
 def run(row: str, args: argparse.Namespace) -> dict:
-    with np.load(args.folder / "batches.npz") as saved:
+    with np.load(batches_file(args)) as saved:
         data = {name: saved[name] for name in saved.files}
     losses, seconds, start = (torch_row if row.startswith("torch") else jax_row)(row, data, args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,10 +2,13 @@
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,16 +58,29 @@ def output_folder(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def plain_errors(path: str) -> Iterator[None]:
+    """Around use of a path: OSError for whatever a bucket's client raises; InputError where there is none."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f'{path} needs gcsfs: pip install "pivotjax[gcs]"') from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # every client has errors of its own
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
 def atomic_path(path: Path, keep: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path` (file or folder, up to the caller) and renames it there on success.
 
     On any failure the temporary is removed and what was at `path` stays. A full disk becomes an InputError.
     `keep`: a folder that is at `path` by then stays, and the temporary goes: another process made the same, and
-    others may have mapped its files.
+    others may have mapped its files. What a process of this host that was killed has left of `path` is removed.
     """
     path = Path(path)
     output_folder(path.parent)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    work, lock = _work_folder(path)
     temporary = work / path.name
     try:
         yield temporary
@@ -82,6 +98,35 @@ def atomic_path(path: Path, keep: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _work_folder(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path`, and the open file that locks it: the lock ends with this process, however it ends."""
+    prefix = f".{path.name}.{socket.gethostname()}-"  # a lock may not be seen by other hosts
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        _remove_left(left, path.name)
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(work, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a disk without locks: nothing is ever removed
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if work.exists():
+                return work, lock
+            os.close(lock)  # it was taken for one that was left, before it was locked
+
+
+def _remove_left(work: Path, name: str) -> None:
+    """Removes a work folder that no process holds, but one with what stood at its path before."""
+    with contextlib.suppress(OSError):
+        lock = os.open(work, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if set(os.listdir(work)) <= {name}:
+                shutil.rmtree(work, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def _sync(path: Path) -> None:

@@ -108,12 +108,17 @@ def note_sizes(folder: Path) -> None:
 
 
 def complete(folder: Path) -> bool:
-    """False where a file is missing or truncated; asked before Orbax's threads stumble over it, each with a trace."""
+    """False where a file is missing or truncated; asked before Orbax's threads stumble over it, each with a trace.
+
+    InputError or OSError where the disk cannot be read.
+    """
     if not (folder / _SIZES).is_file():
         return True  # the process ended between the save and this note on it
     try:
         saved, found = files.read_json(folder / _SIZES), _sizes(folder)
-    except InputError:
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):  # the disk's fault
+            raise
         return False
     return all(found.get(name) == size for name, size in saved.items())
 

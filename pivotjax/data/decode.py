@@ -30,7 +30,7 @@ SHORTEST_EDGE = 8  # pixels: below it a picture shows nothing
 MOST_ASPECT = 20  # longer edge by shorter
 MOST_PIXELS = 1 << 26  # of a picture while it is decoded: 268 MB
 MOST_BYTES = 1 << 27  # of an image file
-_ENOUGH = 200  # samples read before the share of bad ones says anything
+_ENOUGH = 200  # samples: the share of bad ones among fewer says little
 
 # Those that pictures on the web have. Others stay closed: Pillow would give PostScript to another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
@@ -40,7 +40,8 @@ _SILENT = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # a filter as the 
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used. `reason` is one of `REASONS`; `detail` says in one line which sample, and more."""
+    """A sample that cannot be used. `reason` is one of `REASONS`, or `stream.TOO_LONG`; `detail` says in one line which
+    sample, and more."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
@@ -52,9 +53,10 @@ class BadSample(ValueError):
 
 def too_many(bad: int, read: int, limit: float) -> bool:
     """Whether so many bad samples among those read show that more than a share `limit` is bad: by four standard errors,
-    so that chance stops no data below it."""
+    so that chance stops no data below it. Of fewer than 200 read as many must be bad as of 200."""
+    read = max(read, _ENOUGH)
     margin = 4 * math.sqrt(max(limit * (1 - limit) * read, 0))
-    return read >= _ENOUGH and bad > limit * read + margin
+    return bad > limit * read + margin
 
 
 class Decoded(NamedTuple):

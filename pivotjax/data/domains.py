@@ -1,7 +1,8 @@
-"""How a domain's items are split: by concept, one split of concepts over all domains."""
+"""A domain's name, and how its items are split: by concept, one split of concepts over all domains."""
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pivotjax.data.sources.base import Item
@@ -9,6 +10,22 @@ from pivotjax.errors import InputError
 
 Split = Literal["train", "calibration", "test"]
 SPLITS: dict[Split, float] = {"train": 0.75, "calibration": 0.10, "test": 0.15}
+
+_NAME = re.compile(r"[\w-][\w.-]*")
+# Experts are called as their domains are: in `projectors/` beside W0, and in rows of metrics beside these columns.
+RESERVED = frozenset(
+    "w0 step learning_rate bad mean seconds_per_step tokens_per_second samples_per_second mfu input_wait "
+    "memory_bytes".split()
+)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """InputError for a name that cannot be a domain's: no name of a file, or one that a run uses itself."""
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise InputError(f"{name!r} cannot name a domain; use letters, digits, - and _ for corpora and topics")
+        if name.casefold() in RESERVED:
+            raise InputError(f"{name!r} cannot name a domain: a run's own output has that name; give it another")
 
 
 def split_of(concept: str, seed: int) -> Split:

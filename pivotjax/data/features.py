@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from pivotjax.data.corpora import Corpus
 from pivotjax.data.corpora.arrayrecord import plain_errors
 from pivotjax.data.corpora.opened import Opened
 from pivotjax.data.decode import BadSample, too_many
+from pivotjax.data.devices import replicated, shared_out
 from pivotjax.data.images import render
 from pivotjax.data.sources.base import Item
 from pivotjax.data.stream import Sample
@@ -63,6 +65,7 @@ def build(
     path = Path(folder) / f"{name}-{_fingerprint(items, encoder, variant)}{_SHARD}"
     if path.exists() and _count(path) == len(items):
         return path
+    encoder = encoder._replace(params=replicated(encoder.params))
     with atomic_path(path) as temporary, Bar(len(items), f"encode {name}", unit="image") as bar:
         bad = _write(temporary, _encoded(items, range(len(items)), encoder, render, batch), "float16", bar)
         if bad:
@@ -89,7 +92,8 @@ def build_shards(
 
     A shard appears only when complete and is not made again: a run that was stopped goes on with the next one, and
     processes that have the folder in common share the work, each beginning at another shard. Bad samples are left out
-    of the records and written down, with their reason, beside each shard.
+    of the records and written down, with their reason, beside each shard. A shard with too many is not kept: a disk
+    that was away for a while would be remembered as bad samples.
 
     Args:
         name: the domain's.
@@ -99,14 +103,15 @@ def build_shards(
         render: item and pixels of an edge -> picture; raises BadSample.
         variant: what distinguishes `render` from others, for the folder's name.
         dtype: type in which features are stored.
-        batch: images encoded at once.
+        batch: images encoded at once on each device of this host. Features depend on it, and on the number of devices,
+            in their last digits at most.
         shard: samples a shard.
         threads: that render, each a batch ahead.
-        bad_limit: share of samples that may be bad.
+        bad_limit: share of samples that may be bad, of a shard as of all.
 
     Raises:
-        InputError: the corpus is empty, too much of it is bad, the disk has no room for it, or the folder cannot be
-            written.
+        InputError: the corpus is empty, too much of it or of a shard is bad, the disk has no room for it, or the
+            folder cannot be written.
     """
     if not len(corpus):
         raise InputError(f"{name} has no samples to encode; choose another domain or larger limits")
@@ -120,6 +125,7 @@ def build_shards(
         return path
     total = sum(map(len, ranges.values()))
     _check_room(name, path, total, encoder)
+    encoder = encoder._replace(params=replicated(encoder.params))
     found, tried = Counter[str](), 0
     with Bar(total, f"encode {name}", unit="image") as bar:
         for number, indices in ranges.items():
@@ -128,9 +134,12 @@ def build_shards(
                 continue
             with atomic_path(path / f"{number:05}{_SHARD}") as temporary:
                 bad = _write(temporary, _encoded(corpus, indices, encoder, render, batch, threads), dtype, bar)
-                found, tried = found + Counter(bad.values()), tried + len(indices)
+                here = Counter(bad.values())
+                found, tried = found + here, tried + len(indices)
                 if found.total() == len(corpus) or too_many(found.total(), tried, bad_limit):
-                    raise _spoilt(name, found, tried, bad_limit)  # perhaps for a while: nothing of it is kept
+                    raise _spoilt(f"{tried} samples of {name}", found, bad_limit)
+                if too_many(here.total(), len(indices), bad_limit):
+                    raise _spoilt(f"the samples {indices[0]} to {indices[-1]} of {name}", here, bad_limit)
                 write_json(path / f"{number:05}.json", {"samples": len(indices), "bad": bad})  # there before its shard
     return path
 
@@ -147,10 +156,10 @@ def _check_room(name: str, path: Path, samples: int, encoder: vision.Encoder) ->
     say(f"encode {name}: {samples} images, {need / 1e9:.2f} GB to write in {path}")
 
 
-def _spoilt(name: str, bad: Counter[str], tried: int, limit: float) -> InputError:
+def _spoilt(what: str, bad: Counter[str], limit: float) -> InputError:
     reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
     return InputError(
-        f"{bad.total()} of {tried} samples of {name} are bad ({reasons}), data.bad_limit is {limit}; mend the data or "
+        f"{bad.total()} of {what} are bad ({reasons}), data.bad_limit is {limit}; mend the data or "
         "raise the limit, and run again: finished shards stay"
     )
 
@@ -297,21 +306,36 @@ def _encoded(
     batch: int,
     threads: int = 2,
 ) -> Iterator[tuple[Item | BadSample, np.ndarray]]:
-    """Items with their float32 features. Threads render the next batches while the encoder runs without the GIL."""
+    """Items with their float32 features. While some are used, the devices work on the next ones."""
+    dispatched = _dispatched(_rendered_ahead(items, indices, encoder.image_size, render, batch, threads), encoder)
+    for (found, features), _ in pairwise(chain(dispatched, [None])):
+        yield from zip(found, np.asarray(features))  # padding falls off here
+
+
+def _dispatched(
+    rendered: Iterator[_Rendered], encoder: vision.Encoder
+) -> Iterator[tuple[list[Item | BadSample], jax.Array]]:
+    """Items of a batch a device, with their features, which the devices may still work on."""
+    devices = jax.local_device_count()
+    while batches := list(islice(rendered, devices)):
+        padding = [batches[0].images] * (devices - len(batches))
+        images = np.concatenate([*(one.images for one in batches), *padding])
+        yield [item for one in batches for item in one.items], vision.encode(encoder, shared_out(images))
+
+
+def _rendered_ahead(
+    items: Sequence[Item] | Corpus, indices: range, size: int, render: Render, batch: int, threads: int
+) -> Iterator[_Rendered]:
+    """Batches of pictures, each of them made by a thread while earlier ones are used."""
     groups = [indices[start : start + batch] for start in range(0, len(indices), batch)]
     with ThreadPoolExecutor(threads) as pool:
-
-        def rendered(group: range):
-            return pool.submit(_rendered, items, group, batch, encoder.image_size, render)
-
         try:
-            ahead = deque(rendered(group) for group in groups[:threads])
+            ahead = deque(pool.submit(_rendered, items, group, batch, size, render) for group in groups[:threads])
             for number in range(len(groups)):
-                images, found = ahead.popleft().result()
+                done = ahead.popleft().result()
                 if number + threads < len(groups):
-                    ahead.append(rendered(groups[number + threads]))
-                features = np.asarray(vision.encode(encoder, images))
-                yield from zip(found, features)  # the padding of the last batch falls off here
+                    ahead.append(pool.submit(_rendered, items, groups[number + threads], batch, size, render))
+                yield done
         finally:
             pool.shutdown(cancel_futures=True)
 

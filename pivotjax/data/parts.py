@@ -1,10 +1,11 @@
-"""A stretch of a corpus in a shuffled order: how a corpus without splits of its own gets them, and limits are kept."""
+"""Some samples of a corpus, drawn by a seed: how a corpus without splits of its own gets them, and limits are kept."""
 
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
 import grain
+import numpy as np
 
 from pivotjax.data.corpora import Corpus
 from pivotjax.data.domains import Split
@@ -14,20 +15,32 @@ from pivotjax.errors import InputError
 
 @dataclass(frozen=True)
 class Part:
-    """`places` of the corpus as `seed` shuffles it; a corpus itself."""
+    """What stands at `places` when `seed` shuffles the corpus, in the corpus' own order; a corpus itself.
+
+    In that order because a pass over a corpus is fast only in its own; what trains on a part shuffles it anyway.
+    """
 
     corpus: Corpus
     seed: int
     places: range
 
     @cached_property
-    def _order(self) -> grain.MapDataset:
-        return grain.MapDataset.range(len(self.corpus)).shuffle(seed=self.seed)
+    def _listed(self) -> np.ndarray:
+        """int64, ascending: the samples that are in it; or, where those are most of the corpus, of each of the others
+        how many of them stand before it."""
+        order = grain.MapDataset.range(len(self.corpus)).shuffle(seed=self.seed)
+        rest = (*range(self.places.start), *range(self.places.stop, len(order))) if self._is_most else self.places
+        listed = np.sort(np.array([order[place] for place in rest], np.int64))
+        return listed - np.arange(len(listed)) if self._is_most else listed
+
+    @property
+    def _is_most(self) -> bool:
+        return 2 * len(self.places) > len(self.corpus)
 
     @property
     def identity(self) -> str:
         """Of the corpus, the seed and the places."""
-        facts = f"{self.corpus.identity} {self.seed} {self.places.start} {self.places.stop}"
+        facts = f"{self.corpus.identity} {self.seed} {self.places.start} {self.places.stop} ascending"
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -41,7 +54,10 @@ class Part:
         return self.corpus.caption(self._index(index))
 
     def _index(self, index: int) -> int:
-        return int(self._order[self.places[index]])
+        index = range(len(self))[index]
+        if not self._is_most:
+            return int(self._listed[index])
+        return index + int(np.searchsorted(self._listed, index, side="right"))
 
 
 def limited(corpus: Corpus, limit: int | None, seed: int) -> Corpus:

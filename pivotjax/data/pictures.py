@@ -1,6 +1,6 @@
 """A corpus with its pictures decoded: what training without a cache of features reads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from pivotjax.data.corpora import Corpus
 from pivotjax.data.decode import BadSample, Decoded, decode_noted
 from pivotjax.data.sources.base import Item
-from pivotjax.data.stream import Sample
+from pivotjax.data.stream import TOO_LONG, Sample
 from pivotjax.models.processors import Processor
 
 NonRGB = Literal["convert", "drop"]
@@ -33,17 +33,23 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Random access to samples whose pictures are `size` x `size` pixels; `[i]` raises BadSample."""
+    """Random access to samples whose pictures are `size` x `size` pixels; `[i]` raises BadSample.
+
+    `fits`: whether a caption is short enough. Where it is not, the reason is `TOO_LONG`, and no picture is read.
+    """
 
     corpus: Corpus | Sequence[Item]
     name: str
     size: int
     decoder: Decoder = Decoder()
+    fits: Callable[[str], bool] | None = None
 
     def __len__(self) -> int:
         return len(self.corpus)
 
     def __getitem__(self, index: int) -> Sample:
+        if self.fits and not self.fits(self.corpus.caption(index)):
+            raise BadSample(TOO_LONG, f"sample {index} of {self.name}")
         item = self.corpus[index]
         pixels, converted = self.decoder(item, self.size)
         return Sample(image=pixels, caption=item.caption, concept=item.concept, key=item.key, converted=converted)

@@ -16,9 +16,12 @@ from pivotjax.data.shared import Part
 from pivotjax.data.stream import CONVERTED, TOO_LONG, Drawn, Samples, Stream, mixed, shuffled
 from pivotjax.data.workers import Ahead
 from pivotjax.errors import InputError
+from pivotjax.progress import say
 
 CUT = "caption cut to fit its row"
 COUNTED = (*REASONS, TOO_LONG, CUT, CONVERTED)  # what `Batch.bad` counts, in this order
+_WINDOW = 4096  # samples; what is bad among the newest of them counts by itself, however many were good before
+_MANY = 200  # captions that are dropped before a word is said of it
 HOST_KEYS = ("ids", "bad")  # of a batch: for the loop, never put on devices
 
 
@@ -144,7 +147,8 @@ class Feed:
 
 
 class Batches(Iterator[Batch]):
-    """A process's part of successive batches; ends the run, by InputError, where too many samples are bad.
+    """A process's part of successive batches; ends the run, by InputError, where too many samples are bad: of all, or,
+    so that an outage is seen late in a long run too, of each 4,096.
 
     `counts` are what was counted since the start, by reason; `read` is how many samples were made.
     """
@@ -152,12 +156,20 @@ class Batches(Iterator[Batch]):
     def __init__(self, ahead: Ahead, bad_limit: float):
         self._ahead, self._limit = ahead, bad_limit
         self.counts, self.read = np.zeros(len(COUNTED), np.int64), 0
+        self._recent, self._recent_read = np.zeros(len(REASONS), np.int64), 0
+        self._told = False
 
     def __next__(self) -> Batch:
         batch = next(self._ahead)
         self.counts += batch["bad"]
         self.read += batch["ids"].size
-        self._check()
+        self._recent += batch["bad"][: len(REASONS)]
+        self._recent_read += batch["ids"].size
+        self._check(self.counts[: len(REASONS)], self.read)
+        self._check(self._recent, self._recent_read, _WINDOW)
+        if self._recent_read + self._recent.sum() >= _WINDOW:
+            self._recent, self._recent_read = np.zeros_like(self._recent), 0
+        self._tell()
         return batch
 
     def close(self) -> None:
@@ -170,15 +182,27 @@ class Batches(Iterator[Batch]):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check(self) -> None:
-        bad = int(self.counts[: len(REASONS)].sum())
-        tried = self.read + bad
-        if too_many(bad, tried, self._limit):
+    def _check(self, counts: np.ndarray, read: int, window: int = 0) -> None:
+        """InputError as soon as the bad samples are too many of those that were tried, or of a whole window."""
+        bad = int(counts.sum())
+        tried = read + bad
+        if too_many(bad, max(tried, window), self._limit):
             self.close()
-            reasons = ", ".join(f"{count} {reason}" for reason, count in zip(REASONS, self.counts) if count)
+            reasons = ", ".join(f"{count} {reason}" for reason, count in zip(REASONS, counts) if count)
+            what = f"{'the last ' if window else ''}{tried} samples read"
             raise InputError(
-                f"{bad} of {tried} samples read are bad ({reasons}), over data.bad_limit = {self._limit}; "
+                f"{bad} of {what} are bad ({reasons}), over data.bad_limit = {self._limit}; "
                 "mend the data or raise the limit"
+            )
+
+    def _tell(self) -> None:
+        """Says once where more captions are dropped than used."""
+        too_long = int(self.counts[COUNTED.index(TOO_LONG)])
+        if not self._told and too_long > max(self.read, _MANY):
+            self._told = True
+            say(
+                f"{too_long} of {self.read + too_long} captions are longer than data.max_caption and left out; "
+                "raise it, or set data.long_captions to truncate"
             )
 
 

@@ -26,8 +26,8 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     code_path = None  # no folder with checksums of downloads; tfds 4.9 needs importlib_resources to look for one
 
-    def __init__(self, corpus: Corpus | None = None, **settings):
-        self._corpus, self.bad = corpus, Counter()
+    def __init__(self, corpus: Corpus | None = None, bad_limit: float = 0.05, **settings):
+        self._corpus, self._bad_limit, self.bad = corpus, bad_limit, Counter()
         super().__init__(**settings)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -48,17 +48,18 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[int, dict]]:
         everything = range(len(self._corpus))
         with Bar(len(everything), "prepare captioned_images", unit="sample") as bar:
-            for number, item in enumerate(arrayrecord.readable(self._corpus, everything, self.bad, bar)):
+            items = arrayrecord.readable(self._corpus, everything, self.bad, bar, self._bad_limit)
+            for number, item in enumerate(items):
                 yield number, {"image": item.image, "caption": item.caption, "key": item.key}
 
 
-def prepare(corpus: Corpus, data_dir: Path) -> Path:
+def prepare(corpus: Corpus, data_dir: Path, bad_limit: float = 0.05) -> Path:
     """Prepares `captioned_images` below `data_dir` and returns its folder, for `CorpusConfig("tfds", folder)`.
 
-    Samples that cannot be read are left out, counted and said. InputError where the dataset is there already, where no
-    sample can be read, or where it cannot be written.
+    Samples that cannot be read are left out, counted and said. InputError where too many samples (a share of
+    `bad_limit`) or all cannot be read, where the dataset is there already, or where it cannot be written.
     """
-    builder = CaptionedImages(corpus, data_dir=output_folder(Path(data_dir)), file_format="array_record")
+    builder = CaptionedImages(corpus, bad_limit, data_dir=output_folder(Path(data_dir)), file_format="array_record")
     folder = Path(builder.data_path)
     if folder.exists():
         raise InputError(f"{folder} exists already; choose another folder or remove it")

@@ -25,18 +25,28 @@ _SLOTS_A_CALL = 1024  # tokens of one forward pass: enough to keep the cores bus
 
 
 class Spread(NamedTuple):
-    """Devices that share the rows of a call: how many, what puts a host array there, along its first axis, and what
-    brings one back whole.
+    """Devices that share the rows of a call. Where they belong to several processes, all of them evaluate the same and
+    get the same.
 
-    Where they belong to several processes, all of them evaluate the same and get the same.
+    Fields:
+        devices: how many.
+        put: `array[numbers]` of a host array, spread over them along the first axis of `numbers`.
+        copy: a pytree of host arrays, whole on each of them.
+        fetch: a result as a whole host array.
     """
 
     devices: int
-    put: Callable[[np.ndarray], jax.Array]
+    put: Callable[[np.ndarray, np.ndarray], jax.Array]
+    copy: Callable[[Any], Any]
     fetch: Callable[[jax.Array], np.ndarray]
 
 
-HERE = Spread(1, jnp.asarray, np.asarray)
+HERE = Spread(
+    devices=1,
+    put=lambda array, numbers: jnp.asarray(array[numbers]),
+    copy=functools.partial(jax.tree.map, jnp.asarray),
+    fetch=np.asarray,
+)
 
 
 def evaluate(
@@ -114,6 +124,7 @@ def caption_losses(
     tokens: np.ndarray,
     targets: np.ndarray,
     weights: np.ndarray,
+    spread: Spread = HERE,
 ) -> Float64[np.ndarray, " P"]:
     """Caption loss a token (nats) of P projectors, pooled over N pairs of image and caption: for tuning and scores.
 
@@ -121,6 +132,7 @@ def caption_losses(
         language, params, projectors: as in `evaluate`.
         features: visual features.
         tokens, targets, weights: int [N, L], int [N, T] and float [N, T], as `Captioner.encode` gives them.
+        spread: the devices that share the work.
 
     Returns:
         Sum of the negative log-likelihoods over the sum of the tokens, NaN for projectors that are not finite.
@@ -132,7 +144,7 @@ def caption_losses(
     questions = [Question(image, (caption,)) for image, caption in enumerate(captions)]
     first = int(np.argmax(prefix == vlm.IMAGE_TOKEN))
     packed = tasks.pack(questions, num_visual, prefix[first + num_visual :].tolist(), prefix[:first].tolist())
-    scores = _scores(language, params, projectors, np.asarray(features), packed, "caption losses")
+    scores = _scores(language, params, projectors, np.asarray(features), packed, "caption losses", spread)
     return -scores.sum(axis=1) / lengths.sum()
 
 
@@ -143,10 +155,10 @@ def _scores(
     features: np.ndarray,
     packed: Packed,
     title: str,
-    spread: Spread = HERE,
+    spread: Spread,
 ) -> Float64[np.ndarray, "P captions"]:
     """Log-likelihood of every caption under every projector: equal ones computed once, not finite ones NaN."""
-    each = projector.unstack(projectors)
+    each = projector.unstack(jax.device_get(projectors))
     prints = [projector.fingerprint(one) for one in each]
     finite = [all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one)) for one in each]
     chosen = list({prints[p]: p for p in reversed(range(len(each))) if finite[p]}.values())
@@ -165,40 +177,33 @@ def _edge_rows(
     title: str,
     spread: Spread,
 ) -> Float[np.ndarray, "P R E"]:
-    """Log-probability of every edge: all (projector, row) pairs in calls of one shape, hence one compilation."""
+    """Log-probability of every edge: one projector after the other, in calls of one shape, hence one compilation.
+
+    A call sees the images of its own rows alone, and projects them where they are.
+    """
     rows, width = packed.tokens.shape
-    pairs = len(projectors) * rows
-    batch = spread.devices * max(1, min(_SLOTS_A_CALL // width, -(-pairs // spread.devices)))
-    visual_of = _projected(projectors, features)
-    found = np.empty((pairs, packed.edge_head.shape[1]), np.float32)
-    with Bar(pairs, title, unit="row") as bar:
-        for start in range(0, pairs, batch):
-            taken = np.minimum(np.arange(start, start + batch), pairs - 1)  # the last call repeats the last pair
-            numbers, row = np.divmod(taken, rows)
-            visual = np.stack([visual_of(p)[packed.images[r]] for p, r in zip(numbers, row)])
-            layout = (packed.tokens, packed.positions, packed.mask, packed.heads, packed.edge_head, packed.edge_token)
-            given = [spread.put(part) for part in (visual, *(part[row] for part in layout))]
-            count = min(batch, pairs - start)
-            found[start : start + count] = spread.fetch(_edges(language.graphdef, params, *given))[:count]
-            bar.update(count)
-    return found.reshape(len(projectors), rows, packed.edge_head.shape[1])
-
-
-def _projected(
-    projectors: Sequence[projector.Params], features: np.ndarray
-) -> Callable[[int], Float[np.ndarray, "N V D"]]:
-    """Visual tokens of projector p, kept for the last few p: calls go through the projectors in order."""
-    return functools.lru_cache(maxsize=4)(lambda p: np.asarray(_apply(projectors[p], features)))
-
-
-_apply = jax.jit(projector.apply)
+    calls = -(-rows // (spread.devices * max(1, _SLOTS_A_CALL // width)))  # of each projector
+    batch = spread.devices * -(-rows // (spread.devices * calls))
+    layout = (packed.tokens, packed.positions, packed.mask, packed.heads, packed.edge_head, packed.edge_token)
+    found = np.empty((len(projectors), rows, packed.edge_head.shape[1]), np.float32)
+    with Bar(len(projectors) * rows, title, unit="row") as bar:
+        for edges, one in zip(found, projectors):
+            placed = spread.copy(one)
+            for start in range(0, rows, batch):
+                row = np.minimum(np.arange(start, start + batch), rows - 1)  # the last call repeats the last row
+                given = [spread.put(features, packed.images[row]), *(spread.put(part, row) for part in layout)]
+                told = spread.fetch(_edges(language.graphdef, params, placed, *given))
+                edges[start : start + batch] = told[: rows - start]
+                bar.update(min(batch, rows - start))
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _edges(
     graphdef: nnx.GraphDef,
     params: Any,
-    visual: Float[Array, "B G V D"],
+    one: projector.Params,
+    features: Float[Array, "B G V C"],
     tokens: Array,
     positions: Array,
     mask: Array,
@@ -206,10 +211,10 @@ def _edges(
     edge_head: Array,
     edge_token: Array,
 ) -> Float[Array, "B E"]:
-    """One forward pass over packed rows; logits only where an edge begins."""
+    """One forward pass over packed rows, behind one projector; logits only where an edge begins."""
     model = nnx.merge(graphdef, params)
-    images, each = visual.shape[1:3]
-    x = vlm.splice(model, tokens, visual.reshape(len(visual), images * each, -1))
+    visual = projector.apply(one, features)
+    x = vlm.splice(model, tokens, visual.reshape(len(tokens), -1, visual.shape[-1]))
     hidden, _ = model(x, positions, mask)
     logits = model.logits(jnp.take_along_axis(hidden, heads[..., None], axis=1))
     row = jnp.arange(len(tokens))[:, None]

@@ -3,11 +3,9 @@
 import functools
 import hashlib
 import os
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from pivotjax import __version__
 from pivotjax import config as configs
 from pivotjax.checkpoints import store, torch_bridge
 from pivotjax.data import assets, domains, features, images, parts, scenarios
@@ -25,6 +22,7 @@ from pivotjax.data.domains import SPLITS, Split
 from pivotjax.data.features import StoredType
 from pivotjax.data.pictures import Decoder, NonRGB, Pictures
 from pivotjax.data.pipeline import Feed
+from pivotjax.data.scenarios.columns import listed
 from pivotjax.data.sources import source
 from pivotjax.data.stream import TOO_LONG, Samples
 from pivotjax.errors import InputError
@@ -66,7 +64,7 @@ class DataConfig:
     """Corpora to train on by name, each one a domain; some of them are set apart for calibration and test. With a
     scenario: where its corpora of these names are, if not where they were when it was made."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Shares of the domains in a joint projector's batches (default: equal)."""
+    """Shares of the domains in a joint projector's batches, one for each (default: equal)."""
     template: Template = "prompt"
     """prompt: image, prompt, caption, end of sequence. plain: as LLaVA's stage 1: image, caption, end of line."""
     prompt: str = "\n"
@@ -78,9 +76,9 @@ class DataConfig:
     train: int | None = 1200
     """At most so many training samples of a domain (null: all)."""
     calibration: int = 128
-    """At most so many calibration samples of a domain."""
+    """At most so many calibration samples of a domain (0: none)."""
     test: int = 48
-    """At most so many test samples of a domain."""
+    """At most so many test samples of a domain (0: none)."""
     split_seed: int = 0
     """Seed of the split of concepts into train, calibration and test."""
     features: Literal["cache", "online"] = "cache"
@@ -101,6 +99,8 @@ class DataConfig:
     """Processes that decode and tokenise (0: threads of the main process)."""
 
     def __post_init__(self) -> None:
+        if self.train is not None and self.train < 1:
+            raise InputError(f"train must be at least 1, or null for all, not {self.train}")
         configs.check_least(self, max_caption=1, calibration=0, test=0, bad_limit=0, pack=1, row_tokens=0, workers=0)
 
     @property
@@ -138,7 +138,8 @@ class Domain:
 
     Fields:
         name: the domain's.
-        splits: its samples; without `train` where it was loaded for evaluation alone.
+        splits: its samples; without those that were not asked for or that it has none of, and without `train` where
+            it was loaded for evaluation alone.
         dropped: how many samples were left out, by reason.
         identity: SHA-256 over the samples of all its splits, used or not: what a run that goes on has to find again.
     """
@@ -148,6 +149,12 @@ class Domain:
     dropped: dict[str, int]
     identity: str
 
+    def samples(self, split: Split) -> Samples:
+        """Those of a split; InputError where there are none."""
+        if split not in self.splits:
+            raise InputError(f"domain {self.name} has no {split} samples; give it some (data.{split}), or leave it out")
+        return self.splits[split]
+
 
 def asset_names(model: ModelConfig, domain_names: Sequence[str]) -> list[str]:
     """The packages that a model and its packaged domains come from."""
@@ -156,10 +163,25 @@ def asset_names(model: ModelConfig, domain_names: Sequence[str]) -> list[str]:
 
 
 def domain_names(data: DataConfig, cache: Path) -> tuple[str, ...]:
-    """The domains that are trained on: a scenario's, the corpora, or packaged ones."""
+    """The domains that are trained on: a scenario's, the corpora, or packaged ones. InputError where there are none, or
+    where they cannot be called so."""
     if data.scenario is not None:
-        return tuple(_scenario(data, cache).domains)
-    return tuple(data.corpora) or data.domains
+        names = tuple(_scenario(data, cache).domains)
+    else:
+        names = tuple(data.corpora) or data.domains
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"training needs different domains, not {', '.join(names) or 'none'}; see data.domains")
+    domains.check_names(names)
+    return names
+
+
+def check_weights(data: DataConfig, names: Sequence[str], joint: bool) -> None:
+    """InputError where `data.weights` are not those of several domains that are mixed."""
+    if data.weights and not (joint and len(names) > 1):
+        raise InputError("data.weights mixes domains of a joint projector, but none are mixed; add --joint or drop it")
+    if data.weights and set(data.weights) != set(names):
+        given, there = ", ".join(data.weights), ", ".join(names)
+        raise InputError(f"data.weights has {given}, the domains are {there}; give one to each of them")
 
 
 def open_corpora(data: DataConfig, cache: Path) -> dict[str, Corpus]:
@@ -243,13 +265,12 @@ def feed(
     split: Split = "train",
 ) -> Feed:
     """Batches of a split for experts, each given by the names of its domains; `batch` samples of a domain in a step."""
-    several = any(len(names) > 1 for names in experts.values())
     return Feed(
-        {expert: [loaded[name].splits[split] for name in names] for expert, names in experts.items()},
+        {expert: [loaded[name].samples(split) for name in names] for expert, names in experts.items()},
         frozen.captioner,
         batch,
         seed,
-        weights=data.weights if several and data.weights else None,
+        weights=data.weights or None,
         pack=data.pack,
         row_tokens=data.row_tokens,
         workers=data.workers,
@@ -260,6 +281,11 @@ def feed(
 def _say_cut(name: str, used: int, available: int) -> None:
     if used < available:
         say(f"{name}: {used:,} of {available:,} training samples (data.train)")
+
+
+def _say_left_out(name: str, count: int, left_out: Mapping[str, int]) -> None:
+    if lost := sum(left_out.values()):
+        say(f"{name}: {lost:,} of {count:,} samples left out ({listed(left_out)})")
 
 
 def _scenario(data: DataConfig, cache: Path) -> scenarios.Scenario:
@@ -275,6 +301,8 @@ def _packaged_domain(name: str, data: DataConfig, frozen: Frozen, decoder: Decod
     """Items split by concept; those whose captions do not fit are left out before."""
     items = source(name).items(assets.fetch(source(name).assets, cache))
     fitting, too_long = frozen.captioner.keep_fitting(items)
+    left_out = {"caption longer than data.max_caption": too_long}
+    _say_left_out(name, len(items), left_out)
     if not fitting:
         raise InputError(
             f"domain {name}: none of {len(items)} captions fits data.max_caption = {data.max_caption} tokens; raise it"
@@ -285,6 +313,8 @@ def _packaged_domain(name: str, data: DataConfig, frozen: Frozen, decoder: Decod
     render, variant = (images.render, "") if frozen.fit is None else (decoder.pixels, f" {frozen.fit}")
     splits: dict[Split, Samples] = {}
     for split in SPLITS:
+        if not chosen[split]:
+            continue
         if split == "train" and data.features == "online":
             splits[split] = Pictures(chosen[split], name, frozen.encoder.image_size, decoder)
         else:
@@ -293,7 +323,7 @@ def _packaged_domain(name: str, data: DataConfig, frozen: Frozen, decoder: Decod
             )
             splits[split] = features.FeatureSource(path, name)
     keys = {split: "\n".join(item.key for item in items) for split, items in chosen.items()}
-    return Domain(name, splits, {"caption longer than data.max_caption": too_long}, _identity(keys))
+    return Domain(name, splits, left_out, _identity(keys))
 
 
 def _large_domain(
@@ -307,14 +337,16 @@ def _large_domain(
     held_out_only: bool,
 ) -> Domain:
     """Samples of a scenario's domain or a corpus; bad ones and captions that do not fit are left out where they are
-    met: of what is held out here, of training samples when they are read."""
+    met: of what is held out here, of training samples when they are read. InputError where that leaves nothing of what
+    is held out."""
     splits: dict[Split, Samples] = {}
     dropped = Counter(lost)
     for split, corpus in corpora.items():
-        if split == "train" and held_out_only:
+        if not len(corpus) or (split == "train" and held_out_only):
             continue
         if split == "train" and data.features == "online":
-            splits[split] = Pictures(corpus, name, frozen.encoder.image_size, decoder)
+            fits = frozen.captioner.fits if data.long_captions == "drop" else None
+            splits[split] = Pictures(corpus, name, frozen.encoder.image_size, decoder, fits)
             continue
         path = features.build_shards(
             f"{name}-{split}",
@@ -328,8 +360,15 @@ def _large_domain(
             bad_limit=data.bad_limit,
         )
         stored = features.ShardedFeatures(path, name)
-        dropped.update(stored.dropped())
-        splits[split] = stored if split == "train" else _fitting(stored, frozen.captioner, dropped)
+        left_out = Counter(stored.dropped())
+        splits[split] = stored if split == "train" else _fitting(stored, frozen.captioner, left_out)
+        if left_out.total() == len(corpus):
+            raise InputError(
+                f"domain {name} has no {split} samples that can be used, of {len(corpus):,} ({listed(left_out)}); "
+                f"raise data.max_caption or data.{split}, or set data.long_captions to truncate"
+            )
+        _say_left_out(f"{name}-{split}", len(corpus), left_out)
+        dropped.update(left_out)
     identity = _identity({split: corpus.identity for split, corpus in corpora.items()})
     return Domain(name, splits, dict(dropped), identity)
 
@@ -339,20 +378,13 @@ def _identity(splits: Mapping[Split, str]) -> str:
     return hashlib.sha256("\0".join(splits[split] for split in SPLITS).encode()).hexdigest()
 
 
-def _fitting(stored: features.ShardedFeatures, captioner: Captioner, dropped: Counter[str]) -> features.Chosen:
+def _fitting(stored: features.ShardedFeatures, captioner: Captioner, left_out: Counter[str]) -> features.Chosen:
     """The samples that are not bad and whose captions fit; the others are counted."""
     usable = stored.usable()
     fitting = tuple(index for index in usable.indices if captioner.fits(stored[index]["caption"]))
-    dropped[TOO_LONG] += len(usable) - len(fitting)
+    if len(fitting) < len(usable):
+        left_out[TOO_LONG] = len(usable) - len(fitting)
     return features.Chosen(stored, fitting)
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that numbers depend on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {"pivotjax": __version__, "python": platform.python_version()} | {
-        name: metadata.version(name) for name in packages
-    }
 
 
 def load_projector(path: Path) -> store.Projector:

@@ -1,7 +1,8 @@
 """Calibration data for the merge methods that use it: real pairs, seen through the frozen models.
 
 Everything is streamed: pairs are read from the feature files in batches of one shape, anew for every statistic, so that
-neither the features of many images nor the gradients of many examples are ever held together.
+neither the features of many images nor the gradients of many examples are ever held together. What the frozen LLM has
+to say comes back to the host: where its weights lie on the devices of several processes, its answers do too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from pivotjax.data.captions import Captioner, Encoded
 from pivotjax.data.features import FeatureSource, Sample
 from pivotjax.errors import InputError
 from pivotjax.evaluation import runner
+from pivotjax.evaluation.runner import HERE, Spread
 from pivotjax.jobs import assemble
 from pivotjax.jobs.assemble import Frozen
 from pivotjax.merging.calibration import FeatureCalibration, Measure, Objective, agreement
@@ -29,6 +31,7 @@ from pivotjax.merging.updates import is_traced
 from pivotjax.models import projector, vlm
 from pivotjax.models.language import Language
 from pivotjax.progress import Bar
+from pivotjax.training import hosts
 
 _SLOTS_A_CALL = 512  # tokens of one pass forward and back, whose activations are kept
 
@@ -51,10 +54,13 @@ class CalibrationConfig:
 
 
 def of_experts(
-    frozen: Frozen, sources: Sequence[Sequence[FeatureSource]], config: CalibrationConfig
+    frozen: Frozen, sources: Sequence[Sequence[FeatureSource]], config: CalibrationConfig, spread: Spread = HERE
 ) -> FeatureCalibration:
-    """Calibration over each expert's own domains (`sources[k]`: the calibration splits of expert k's domains)."""
-    statistics = CaptionStatistics(frozen.language, frozen.captioner, sources, config)
+    """Calibration over each expert's own domains (`sources[k]`: the calibration splits of expert k's domains).
+
+    The devices of `spread` share the captions whose loss is measured.
+    """
+    statistics = CaptionStatistics(frozen.language, frozen.captioner, sources, config, spread)
     return FeatureCalibration(
         layer_inputs=projector.layer_inputs,
         features=[_Features(_Pairs(own, config.images)) for own in sources],
@@ -82,7 +88,7 @@ def open_splits(
     _, data = assemble.config_of(expert.info, first)
     names = sorted({domain for some in domains for domain in some})
     loaded = {name: assemble.load_domain(name, data, frozen, cache, held_out_only=True) for name in names}
-    return frozen, {name: domain.splits["calibration"] for name, domain in loaded.items()}
+    return frozen, {name: domain.samples("calibration") for name, domain in loaded.items()}
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ class CaptionStatistics:
         captioner: how captions become tokens.
         sources: the calibration splits of each expert's own domains.
         config: how many pairs of each domain.
+        spread: the devices that share the captions whose loss is measured.
     """
 
     def __init__(
@@ -148,9 +155,10 @@ class CaptionStatistics:
         captioner: Captioner,
         sources: Sequence[Sequence[FeatureSource]],
         config: CalibrationConfig,
+        spread: Spread = HERE,
     ):
         every = list({id(source): source for own in sources for source in own}.values())
-        self._language, self._captioner = language, captioner
+        self._language, self._captioner, self._spread = language, captioner, spread
         self._program = (language.graphdef, captioner.first_position)  # what the compiled functions are made for
         self._measured, self._compared = _Pairs(every, config.captions), _Pairs(every, config.images)
         self._own = [_Pairs(own, config.examples) for own in sources]
@@ -163,7 +171,8 @@ class CaptionStatistics:
         features = np.stack([sample["features"] for sample in samples])
         encoded = [self._captioner.encode(sample["caption"]) for sample in samples]
         captions = Encoded(*(np.stack(column) for column in zip(*encoded)))
-        losses = runner.caption_losses(self._language, self._language.params, params, features, *captions)
+        language, spread = self._language, self._spread
+        losses = runner.caption_losses(language, language.params, params, features, *captions, spread=spread)
         return jnp.asarray(losses, jnp.float32)
 
     def loss_gradient(
@@ -180,7 +189,7 @@ class CaptionStatistics:
         for batch in self._measured.batches(self._captioner, self._size):
             total = _add_gradient(*self._program, objective, total, self._language.params, params, batch)
             tokens += batch["weights"].sum()
-        return jax.tree.map(lambda leaf: leaf / tokens, total)
+        return jax.tree.map(lambda leaf: leaf / tokens, hosts.fetch(total))
 
     def fisher(self, params: projector.Params) -> projector.Params:
         """See `Calibration.fisher`."""
@@ -194,7 +203,7 @@ class CaptionStatistics:
             total = _add_squares(*self._program, total, self._language.params, params, batch)
             jax.block_until_ready(total)  # so that the bar tells the truth
             bar.update(int(batch["weights"].any(axis=1).sum()))
-        return jax.tree.map(lambda leaf: leaf / len(pairs), total)
+        return jax.tree.map(lambda leaf: leaf / len(pairs), hosts.fetch(total))
 
     def alignment(self, params: projector.Params, measure: Measure) -> Float[Array, " P"]:
         """See `Calibration.alignment`."""
@@ -202,7 +211,7 @@ class CaptionStatistics:
         each = projector.unstack(params)
         visual, captions = [[] for _ in each], []
         for batch in self._compared.batches(self._captioner, self._size):
-            captions.append(_mean_embeddings(self._language.graphdef, self._language.params, batch))
+            captions.append(hosts.fetch(_mean_embeddings(self._language.graphdef, self._language.params, batch)))
             for found, one in zip(visual, each):
                 found.append(_mean_tokens(one, batch["features"]))
         pairs = len(self._compared)

@@ -28,10 +28,11 @@ from pivotjax.training.parallel import MeshConfig
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig(PretrainConfig):
-    """Compiles a recipe's training step for a TPU slice that is not here. All options of `pretrain` apply."""
+    """Compiles a recipe's training step for a TPU slice that is not here. All options of `pretrain` apply but
+    `parallel`, which is jit."""
 
     tpu: Path
-    """The slice: a file of tpu_configs/. Its mesh is taken where the recipe names none."""
+    """The slice: a file of tpu_configs/."""
     experts: int = 0
     """Experts (0: one a domain; 4 where the recipe's scenario is not there yet)."""
     caption_tokens: float = 0.0
@@ -39,7 +40,7 @@ class CompileConfig(PretrainConfig):
     json: str | None = None
     """Write everything as JSON to this file; `-`: to the standard output, instead of the table."""
     save: Path | None = None
-    """Keep the compiled step in this folder."""
+    """Keep the compiled step in this folder: a new one, or one that holds an earlier step."""
     sweep: bool = False
     """Try other meshes, recomputation and samples at once, and print the best that fits."""
     sweep_limit: int = 4
@@ -49,6 +50,8 @@ class CompileConfig(PretrainConfig):
 
     def __post_init__(self) -> None:
         configs.check_least(self, experts=0, caption_tokens=0, sweep_limit=1)
+        if self.parallel == "pmap":
+            raise InputError("parallel: pmap is compiled where it runs; for other devices compile knows jit alone")
 
 
 def main(args: Sequence[str]) -> None:
@@ -59,6 +62,7 @@ def main(args: Sequence[str]) -> None:
 
 def run(config: CompileConfig, recipe: str = "recipe") -> dict[str, Any]:
     """Compiles, prints the table or the JSON, and returns what is in it."""
+    _check_targets(config)
     where = topology.load(config.tpu)
     where.devices()  # whether the compiler is here is said before anything else is looked for
     step = shapes.described(config.model, config.data, config.training, shapes.experts(config, config.experts))
@@ -66,15 +70,25 @@ def run(config: CompileConfig, recipe: str = "recipe") -> dict[str, Any]:
         tried = _sweep(config, step, where)
         best = min(tried, key=_worth)
     else:
-        mesh = where.mesh if config.mesh == MeshConfig() else config.mesh
-        tried = [best := _way(config, step, where, mesh)]
+        tried = [best := _way(config, step, where, config.mesh)]
     values = {"recipe": recipe, "flags": best.flags, **best.values}
     if config.sweep:
         values["sweep"] = [{"flags": way.flags, **way.values} for way in tried]
+    _show(config, values, tried)
     if config.save is not None:
         _save(config.save, best, values, where)
-    _show(config, values, tried)
     return values
+
+
+def _check_targets(config: CompileConfig) -> None:
+    """InputError where what takes minutes could not be written in the end."""
+    if config.save is not None:
+        ahead.check_target(config.save)
+    if config.json not in (None, "-"):
+        path = Path(config.json)
+        if path.is_dir():
+            raise InputError(f"--json {path} is a folder; give a file")
+        files.output_folder(path.absolute().parent)
 
 
 class _Way(NamedTuple):
@@ -86,12 +100,13 @@ class _Way(NamedTuple):
     done: Compiled
 
 
-def _way(config: CompileConfig, step: Described, where: Slice, mesh: MeshConfig) -> _Way:
-    devices = parallel.make_mesh(mesh, step.work.experts, step.work.samples, where.devices())
+def _way(config: CompileConfig, step: Described, where: Slice, given: MeshConfig) -> _Way:
+    mesh = parallel.make_mesh(given, step.work.experts, step.work.samples, where.devices())
     say(f"compiling for {where.accelerator_type} (minutes for a large model)")
-    done = ahead.compiled(step, devices, where.hbm_bytes, where.xla_flags)
-    values = report.report(step, where, devices, done, config.caption_tokens)
-    return _Way(mesh, estimate.flags(mesh, step.training), values, done)
+    done = ahead.compiled(step, mesh, where.hbm_bytes, where.xla_flags)
+    values = report.report(step, where, mesh, done, config.caption_tokens)
+    sizes = MeshConfig(**mesh.shape)
+    return _Way(sizes, estimate.flags(sizes, step.training), values, done)
 
 
 def _sweep(config: CompileConfig, step: Described, where: Slice) -> list[_Way]:
@@ -103,9 +118,14 @@ def _sweep(config: CompileConfig, step: Described, where: Slice) -> list[_Way]:
     tried = []
     with Bar(min(len(found), config.sweep_limit), "sweep", "compile") as bar:
         for one in found[: config.sweep_limit]:
-            work = step.work._replace(samples=one.samples)
-            tried.append(_way(config, replace(step, work=work, training=one.training), where, one.mesh))
-            bar.update(1, tried[-1].flags)
+            work, flags = step.work._replace(samples=one.samples), estimate.flags(one.mesh, one.training)
+            try:
+                tried.append(_way(config, replace(step, work=work, training=one.training), where, one.mesh))
+            except InputError as error:
+                say(f"left out: {flags}: {error}")
+            bar.update(1, flags)
+    if not tried:
+        raise InputError(f"none of {min(len(found), config.sweep_limit)} ways can be compiled; raise --sweep-limit")
     return tried
 
 
@@ -116,8 +136,9 @@ def _worth(way: _Way) -> tuple[bool, float]:
 
 
 def _save(folder: Path, best: _Way, values: dict[str, Any], where: Slice) -> None:
-    if best.done.executable is None:
-        raise InputError(f"nothing to save in {folder}: the step does not fit; {values['advice'][-1]}")
+    if not best.done.memory.fits:
+        say(f"the step does not fit, so nothing is saved in {folder}")
+        return
     ahead.save(folder, best.done.executable, where.devices(), values)
     say(f"compiled step: {folder}")
 
@@ -130,5 +151,7 @@ def _show(config: CompileConfig, values: dict[str, Any], tried: list[_Way]) -> N
     if config.json is not None:
         files.write_json(Path(config.json), values)
     if config.sweep:
-        print(report.ways([(way.mesh, way.values) for way in tried]) + "\n\nbest:")
+        fits = values["memory"]["fits"]
+        best = "best:" if fits else f"none of the {len(tried)} tried fits; raise --sweep-limit. The first of them:"
+        print(report.ways([(way.mesh, way.values) for way in tried]) + f"\n\n{best}")
     print(report.table(values))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from pivotjax import config as configs
@@ -24,6 +25,7 @@ from pivotjax.jobs import assemble, output
 from pivotjax.jobs.merge import check_siblings
 from pivotjax.models import projector
 from pivotjax.progress import say
+from pivotjax.versions import versions
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def measure(
     return runner.evaluate(
         frozen.language,
         frozen.language.params,
-        projector.stack(list(params.values())),
+        jax.tree.map(lambda *leaves: np.stack(leaves), *params.values()),  # on the host: no device needs all of them
         {name: test_set(domain) for name, domain in domains.items()},
         frozen.captioner,
         choices=config.choices,
@@ -116,9 +118,9 @@ def test_set(domain: assemble.Domain) -> TestSet:
     """A domain's test split; closed domains bring all captions that occur in them."""
     answers = None
     if domain.name in SOURCES and SOURCES[domain.name].closed_captions:
-        train = domain.splits["train"]
+        train = domain.samples("train")
         answers = sorted({train[i]["caption"] for i in range(len(train))})
-    test = domain.splits["test"]
+    test = domain.samples("test")
     return TestSet.of((test[i] for i in range(len(test))), answers)
 
 
@@ -140,7 +142,7 @@ def describe(title: str, config: Any, seeds: Sequence[int]) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["pivotjax", *sys.argv[1:]]),
         "machine": {"platform": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
-        "versions": assemble.versions(),
+        "versions": versions(),
         "config": configs.resolved(config),
         "seeds": list(seeds),
     }

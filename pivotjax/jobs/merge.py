@@ -33,6 +33,7 @@ from pivotjax.merging import Merge, merge, page, recipe, registry, siblings, tun
 from pivotjax.merging.calibration import Calibration
 from pivotjax.merging.recipe import MergeRecipe
 from pivotjax.models import projector
+from pivotjax.versions import versions
 from pivotjax.progress import say
 
 _REPORT = "merge_report.json"
@@ -236,7 +237,7 @@ def _provenance(plan: MergeRecipe, inputs: Opened) -> dict[str, Any]:
     return {
         "measured_from": plan.base_model or "nothing",
         "inputs": {name: one.provenance() for name, one in inputs.named.items()},
-        "versions": assemble.versions(),
+        "versions": versions(),
     }
 
 
@@ -327,7 +328,7 @@ def info_of(
     sources = ({"base": base} if base else {}) | dict(experts)
     return {key: some[key] for key in ("init_id", "backbone", "config") if key in some} | {
         "name": name,
-        "versions": assemble.versions(),
+        "versions": versions(),
         "domains": sorted({domain for expert in experts.values() for domain in expert.info.get("domains", [])}),
         "merge": {"method": result.report["method"], "options": result.report["options"]},
         "merged_from": {key: projector.fingerprint(one.params) for key, one in sources.items()},

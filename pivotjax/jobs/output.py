@@ -17,24 +17,24 @@ _NOT_COMPARED = (
 )  # fmt: skip
 
 
-def claim(out: Path, config: Any, later: tuple[str, ...] = ()) -> None:
+def claim(out: Path, config: Any, free: tuple[str, ...] = ()) -> None:
     """Makes `out` and saves the resolved config there; InputError if another config's output is in it.
 
-    A config alone, left by a run that ended before it wrote anything, is no output. `later` are keys of stages that are
-    run anew each time, so that they may have changed.
+    A config alone, left by a run that ended before it wrote anything, is no output. `free` are keys that may have
+    changed: of stages that are run anew each time, or for which something else is compared.
     """
     if str(out).startswith("gs:/"):
         raise InputError(f"out is a folder on a disk, not {out}; a bucket can hold checkpoints (checkpoints.folder)")
     files.output_folder(out)
-    check(out, config, later)
+    check(out, config, free)
     files.write_bytes(out / "config.yaml", configs.to_yaml(config).encode())
 
 
-def check(out: Path, config: Any, later: tuple[str, ...] = ()) -> None:
-    """InputError if another config's output is in `out`; `later` as for `claim`."""
+def check(out: Path, config: Any, free: tuple[str, ...] = ()) -> None:
+    """InputError if another config's output is in `out`; `free` as for `claim`."""
     saved = out / "config.yaml"
     if saved.exists() and any(path != saved for path in out.iterdir()):
-        before, now = (_compared(values, later) for values in (configs.read_yaml(saved), configs.resolved(config)))
+        before, now = (_compared(values, free) for values in (configs.read_yaml(saved), configs.resolved(config)))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 raise InputError(
@@ -43,16 +43,16 @@ def check(out: Path, config: Any, later: tuple[str, ...] = ()) -> None:
                 )
 
 
-def compared(config: Any) -> dict[str, Any]:
-    """A config's values by dotted key, without those that change nothing about its output."""
-    return _compared(configs.resolved(config))
+def compared(config: Any, free: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A config's values by dotted key, without those that change nothing about its output; `free` as for `claim`."""
+    return _compared(configs.resolved(config), free)
 
 
-def _compared(values: dict[str, Any], later: tuple[str, ...] = ()) -> dict[str, Any]:
+def _compared(values: dict[str, Any], free: tuple[str, ...] = ()) -> dict[str, Any]:
     return {
         key: value
         for key, value in _flat(values).items()
-        if not any(key == one or key.startswith(f"{one}.") for one in (*_NOT_COMPARED, *later))
+        if not any(key == one or key.startswith(f"{one}.") for one in (*_NOT_COMPARED, *free))
     }
 
 

@@ -6,7 +6,6 @@ it on the host, so the experts come there first; nothing passes through the disk
 the first one writes.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from pivotjax import config as configs
 from pivotjax import files
 from pivotjax.checkpoints import store, torch_bridge
+from pivotjax.data.sources import source
 from pivotjax.errors import InputError
 from pivotjax.evaluation import report
 from pivotjax.evaluation.runner import Spread
@@ -33,6 +33,7 @@ from pivotjax.models import projector
 from pivotjax.progress import say
 from pivotjax.training import hosts, parallel
 
+_W0, _EXPERT = "w0", "expert:"  # rows of the report that are no merges
 _MERGES = {
     "average": {"method": "average"},
     "task_arithmetic": {"method": "task_arithmetic"},
@@ -48,29 +49,38 @@ class PipelineConfig(PretrainConfig):
     Every recipe of `pivotjax pretrain` is one of `pivotjax pipeline`."""
 
     merges: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(_MERGES))
-    """Name -> `method: NAME` and the method's options; `calibrated: true` lets it see calibration data."""
+    """Name -> `method: NAME` and the method's options; `calibrated: true` lets it see calibration data. The names are
+    folders below `merges/` and rows of the report, whose `w0` and `expert:...` are taken."""
     export: str = "pivot"
     """Name of the merge that goes to `export/`."""
     unseen: tuple[str, ...] = ()
-    """Domains for evaluation only."""
+    """Packaged domains for evaluation only."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
 
     def __post_init__(self):
         if self.joint:
             raise InputError("joint trains one projector, and there would be nothing to merge; leave it out")
+        experts = () if self.data.scenario is not None else tuple(self.data.corpora) or self.data.domains
+        if len(experts) == 1:
+            raise InputError(f"there is one domain only ({experts[0]}), and nothing to merge; use `pivotjax pretrain`")
         for name, merge_of in self.merges.items():
             if not isinstance(merge_of.get("method"), str):
                 raise InputError(f"merges.{name} needs `method: NAME`; `pivotjax methods` lists them")
-            _check(name, **merge_of)
+            _check(name, experts, **merge_of)
         if self.export not in self.merges:
             raise InputError(f"export {self.export!r} is none of the merges: {', '.join(self.merges)}")
+        for name in self.unseen:
+            source(name)
 
 
-def _check(name: str, method: str, calibrated: bool = False, **options: Any) -> None:
-    """InputError for what would fail after training."""
+def _check(name: str, experts: Sequence[str], /, method: str, calibrated: bool = False, **options: Any) -> None:
+    """InputError for what would fail after training (`experts`: their names, where the recipe alone tells them)."""
+    if name == _W0 or name.startswith(_EXPERT) or Path(name).parts != (name,) or name == "..":
+        raise InputError(f"merges: {name!r} cannot be a merge's name; it must be good for a folder, and {_W0} and "
+                         f"{_EXPERT}... are taken")
     chosen = registry.find(method)
-    registry.resolve(chosen, options)
+    registry.resolve(chosen, options, experts)
     if "calibration" in chosen.needs and not calibrated:
         raise InputError(f"merges.{name}: {method} needs calibration data; add `calibrated: true`")
 
@@ -82,7 +92,8 @@ def main(args: Sequence[str]) -> None:
 
 def run(config: PipelineConfig) -> Path:
     """All stages; returns the path of report.html. A run that ended early goes on where its training was."""
-    with pretrain.trained(config) as trained:
+    calibrated = any(merge_of.get("calibrated") for merge_of in config.merges.values())
+    with pretrain.trained(config, ("test", "calibration") if calibrated else ("test",)) as trained:
         pretrain.write(trained)
         experts = trained.experts()
         if len(experts) < 2:
@@ -93,9 +104,9 @@ def run(config: PipelineConfig) -> Path:
             merges[name] = _merged(config, trained, experts, **merge_of)
             if jax.process_index() == 0:
                 merge.save(config.out / "merges" / name, merges[name], name, base, experts)
-        page = _evaluated(config, trained, base, experts, merges)
         if jax.process_index() == 0:
             _export(config, merges[config.export], base, experts)
+        page = _evaluated(config, trained, base, experts, merges)
     say(f"report: {page}\nmerged projector for PyTorch: {config.out / 'export'}")
     return page
 
@@ -104,17 +115,19 @@ def _merged(
     config: PipelineConfig,
     trained: pretrain.Trained,
     experts: Mapping[str, store.Projector],
+    /,
     method: str,
     calibrated: bool = False,
     **options: Any,
 ) -> Merge:
-    """One merge of the experts that are alive; its parameters are on the host."""
+    """One merge of the experts that are alive; every process has it whole."""
+    mesh = trained.layout.mesh
     if calibrated:
-        sources = [[trained.domains[name].splits["calibration"]] for name in experts]
-        data = calibration.of_experts(trained.frozen, sources, config.calibration)
+        sources = [[trained.domains[name].samples("calibration")] for name in experts]
+        data = calibration.of_experts(trained.frozen, sources, config.calibration, _spread(mesh))
         params = {name: one.params for name, one in experts.items()}
         return merge_experts(trained.w0, params, method, calibration=data, **options)
-    rows, mesh = [trained.names.index(name) for name in experts], trained.layout.mesh
+    rows = [trained.names.index(name) for name in experts]
     return merged_on_devices(mesh, trained.w0, trained.state.params, trained.names, rows, method, options)
 
 
@@ -162,9 +175,10 @@ def _evaluated(
     merges: Mapping[str, Merge],
 ) -> Path:
     """Measures W0, the experts and the merges on every domain's test split, all devices sharing the work."""
-    params = {"w0": base.params} | {f"expert:{name}": one.params for name, one in experts.items()}
+    params = {_W0: base.params} | {f"{_EXPERT}{name}": one.params for name, one in experts.items()}
     params |= {name: one.params for name, one in merges.items()}
-    domains = trained.domains | {name: trained.load_domain(name) for name in config.unseen}
+    unseen = [name for name in config.unseen if name not in trained.domains]
+    domains = trained.domains | {name: trained.load_domain(name) for name in unseen}
     outcomes = evaluate.measure(trained.frozen, params, domains, config.measure, _spread(trained.layout.mesh))
     page = config.out / "report.html"
     if jax.process_index() == 0:
@@ -179,10 +193,19 @@ def _evaluated(
 
 
 def _spread(mesh: jax.sharding.Mesh) -> Spread:
-    """Rows of test items over the devices that rows of training batches are spread over, and those of the experts."""
+    """Rows of test items over the devices that rows of training batches are spread over, and those of the experts; a
+    process makes the rows of its own devices alone."""
     axes = ("expert", *parallel.ROWS)
-    put = functools.partial(parallel.put, where=NamedSharding(mesh, P(axes)))
-    return Spread(int(np.prod([mesh.shape[axis] for axis in axes])), put, hosts.fetch)
+    spread, everywhere = NamedSharding(mesh, P(axes)), NamedSharding(mesh, P())
+
+    def put(array: np.ndarray, numbers: np.ndarray) -> jax.Array:
+        shape = (*numbers.shape, *array.shape[1:])
+        return jax.make_array_from_callback(shape, spread, lambda index: array[numbers[index[0]]])
+
+    def copy(tree: Any) -> Any:
+        return parallel.put(tree, jax.tree.map(lambda _: everywhere, tree))
+
+    return Spread(int(np.prod([mesh.shape[axis] for axis in axes])), put, copy, hosts.fetch)
 
 
 def _export(

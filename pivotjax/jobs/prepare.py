@@ -10,14 +10,14 @@ import tyro
 from pivotjax import config as configs
 from pivotjax.data.assets import cache_folder
 from pivotjax.data.corpora import CorpusConfig, arrayrecord, open_corpus
-from pivotjax.errors import InputError
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     """Writes a corpus as ArrayRecord: `pivotjax prepare --corpus.format webdataset --corpus.path 'cc12m/*.tar' --out D`
 
-    Pictures stay as they are stored; samples that cannot be read are left out and counted."""
+    Pictures stay as they are stored; samples that cannot be read are left out and counted. After an interruption the
+    same command keeps the files of records that are finished; a TFDS dataset begins anew."""
 
     corpus: CorpusConfig
     """What to read."""
@@ -25,8 +25,13 @@ class PrepareConfig:
     """Folder to write; nothing may be there yet (tfds: the folder that datasets are in)."""
     into: Literal["arrayrecord", "tfds"] = "arrayrecord"
     """Our own records, or the TFDS dataset captioned_images."""
+    bad_limit: float = 0.05
+    """Share of samples (of each file of 10,000 records; of a TFDS dataset) that may be unreadable."""
     cache: Path | None = None
     """Where indexes are kept (default: $PIVOTJAX_CACHE or ~/.cache/pivotjax)."""
+
+    def __post_init__(self) -> None:
+        configs.check_least(self, bad_limit=0)
 
 
 def main(args: Sequence[str]) -> None:
@@ -41,11 +46,9 @@ def run(config: PrepareConfig) -> Path:
     if config.into == "tfds":
         from pivotjax.data import tfds_builder
 
-        folder = tfds_builder.prepare(corpus, config.out)
+        folder = tfds_builder.prepare(corpus, config.out, config.bad_limit)
     else:
-        if config.out.exists():
-            raise InputError(f"{config.out} exists already; give another name, or remove it")
         folder = config.out
-        arrayrecord.write(folder, corpus)
+        arrayrecord.write(folder, corpus, bad_limit=config.bad_limit)
     print(f"wrote {folder}")
     return folder

@@ -10,17 +10,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from pivotjax import config as configs
 from pivotjax.checkpoints import store, torch_bridge
-from pivotjax.checkpoints.training import CheckpointConfig
+from pivotjax.checkpoints.training import CheckpointConfig, prepare_folder
 from pivotjax.data import assets
+from pivotjax.data.domains import Split
 from pivotjax.data.pipeline import Feed
+from pivotjax.errors import InputError
 from pivotjax.jobs import assemble, output
 from pivotjax.jobs.assemble import DataConfig, ModelConfig
 from pivotjax.models import projector, vision
-from pivotjax.models.vision import VisionTransformer
 from pivotjax.progress import say
 from pivotjax.tpu import flops
 from pivotjax.training import hosts, parallel
@@ -30,8 +30,11 @@ from pivotjax.training.loop import train
 from pivotjax.training.metrics import MetricsConfig, Work
 from pivotjax.training.optimizer import TrainingConfig, adamw, per_expert
 from pivotjax.training.step import Network, TrainState, init_state, make_evaluation, make_step
+from pivotjax.versions import versions
 
 _LATER = ("merges", "export", "unseen", "calibration", "measure")  # of `pivotjax pipeline`, after training
+# What the errors of a run advise to change, and paths of models, for which their hashes stand.
+_FREE = ("training.guard", "data.bad_limit", "model.vision", "model.language")
 _DECIDES = ("model", "data", "training", "joint", "seed")  # sections that the numbers of a run depend on
 
 
@@ -117,7 +120,7 @@ class Trained:
             "init_id": projector.fingerprint(self.w0),
             "backbone": self.frozen.identity,
             "config": configs.resolved(self.config),
-            "versions": assemble.versions(),
+            "versions": versions(),
             "samples": {name: {split: len(s) for split, s in d.splits.items()} for name, d in self.domains.items()},
         }
 
@@ -134,12 +137,29 @@ def run(config: PretrainConfig) -> Path:
 
 
 @contextlib.contextmanager
-def trained(config: PretrainConfig) -> Iterator[Trained]:
-    """Trains, or goes on training. The processes of the run are joined until the context is left."""
+def trained(config: PretrainConfig, needs: Sequence[Split] = ()) -> Iterator[Trained]:
+    """Trains, or goes on training. The processes of the run are joined until the context is left.
+
+    `needs` are held-out splits that every domain must have for what comes after training.
+    """
+    _check(config)
     with hosts.joined(config.hosts):
         if jax.process_index() == 0:
-            output.claim(config.out, config, _LATER)
-        yield _trained(config)
+            output.claim(config.out, config, (*_LATER, *_FREE))
+        if config.checkpoints.folder or jax.process_count() > 1:  # what may fail is found before minutes of loading
+            prepare_folder(config.out, config.checkpoints)
+        yield _trained(config, needs)
+
+
+def _check(config: PretrainConfig) -> None:
+    """InputError for options that would do nothing."""
+    if config.checkpoints.keep_best and not config.metrics.evaluate_every:
+        raise InputError("checkpoints.keep_best goes by the held-out loss; give metrics.evaluate_every as well")
+    if config.metrics.profile_from > config.training.steps:
+        raise InputError(
+            f"metrics.profile_from is {config.metrics.profile_from}, but training.steps {config.training.steps}; give "
+            "a step of the run"
+        )
 
 
 def write(outcome: Trained) -> Path:
@@ -153,11 +173,12 @@ def write(outcome: Trained) -> Path:
     return folder
 
 
-def _trained(config: PretrainConfig) -> Trained:
+def _trained(config: PretrainConfig, needs: Sequence[Split] = ()) -> Trained:
     cache = assets.cache_folder(config.cache)
     with hosts.cache_filled_once(cache):
-        assets.fetch(assemble.asset_names(config.model, config.data.packaged), cache)
         names = assemble.domain_names(config.data, cache)
+        assemble.check_weights(config.data, names, config.joint)
+        assets.fetch(assemble.asset_names(config.model, config.data.packaged), cache)
         corpora = assemble.open_corpora(config.data, cache)
     sources = {"joint": list(names)} if config.joint else {name: [name] for name in names}
     rows = config.training.batch // config.data.pack * len(next(iter(sources.values())))
@@ -169,6 +190,9 @@ def _trained(config: PretrainConfig) -> Trained:
         domains = {name: assemble.load_domain(name, config.data, frozen, cache) for name in config.data.packaged}
     for name in names[len(domains) :]:  # the processes share the encoding of what is large
         domains[name] = assemble.load_domain(name, config.data, frozen, cache, corpora=corpora)
+    for domain in domains.values():
+        for split in needs:
+            domain.samples(split)
     # What was to be encoded is: from here on only the step's own copy of the encoder is on the devices.
     frozen = _with_encoder(frozen, jax.device_get)
     w0 = initial_projector(config, frozen)
@@ -232,7 +256,7 @@ def _belongs(
     config: PretrainConfig, frozen: assemble.Frozen, domains: dict[str, assemble.Domain]
 ) -> dict[str, Any]:
     """What a checkpoint of the run is made of. InputError where the processes do not see the same data."""
-    settings = {key: value for key, value in output.compared(config).items() if key.split(".")[0] in _DECIDES}
+    settings = {key: value for key, value in output.compared(config, _FREE).items() if key.split(".")[0] in _DECIDES}
     made_of = {f"backbone.{part}": identity for part, identity in frozen.identity.items()}
     made_of |= {f"data of {name}": domain.identity for name, domain in domains.items()}
     hosts.agree(made_of)
@@ -240,15 +264,11 @@ def _belongs(
 
 
 def _work(config: PretrainConfig, frozen: assemble.Frozen, feed: Feed, w0: projector.Params) -> Work:
-    """The least FLOPs of a token, an image and a caption token, as `pivotjax compile` counts them; an encoder inside
-    the step counts where it is a vision transformer."""
+    """The least FLOPs of a token, an image and a caption token, as `pivotjax compile` counts them."""
     encoder, rows, online = frozen.encoder, feed.layout, config.data.features == "online"
-    tower, depth = nnx.merge(encoder.graphdef, encoder.params), 0
-    vision_config = tower.config if isinstance(tower, VisionTransformer) else None
-    if vision_config is not None:
-        depth = vision.depth_of(config.model.select_layer, vision_config.num_layers)
+    parts = encoder.graphdef, encoder.params, encoder.features, encoder.normalise, encoder.image_size
     row = flops.Work(1, 1, rows.images, encoder.num_tokens, rows.length, rows.targets, online)
-    least = flops.minimum(row, frozen.language.config, w0, vision_config, depth)
+    least = flops.minimum(row, frozen.language.config, w0, flops.of_image(*parts) if online else 0.0)
     return Work(
         token=(least.decoder + least.attention) / rows.length,
         image=(least.projector + least.vision) / rows.images,

@@ -1,6 +1,5 @@
 """`pivotjax scenario RECIPE`: a corpus split into heterogeneous domains, each into train, calibration and test."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pivotjax import config as configs
 from pivotjax import files
 from pivotjax.data import assets
 from pivotjax.data.corpora import CorpusConfig, open_corpus
+from pivotjax.data.domains import check_names
 from pivotjax.data.scenarios import SPLITTERS, DomainsConfig, columns, duplicates, embeddings, folder, manifest, page
 from pivotjax.data.scenarios import splits as splitting
 from pivotjax.data.scenarios.base import OUT, Request
@@ -27,7 +27,6 @@ from pivotjax.progress import say
 from pivotjax.training import hosts
 from pivotjax.training.hosts import HostsConfig
 
-_NAME = re.compile(r"[\w-][\w.-]*")
 _LARGE = 0.01  # share of the samples above which one group of near-duplicates is worth a word
 
 
@@ -78,7 +77,8 @@ def _run(config: ScenarioConfig) -> Path:
     cache = assets.cache_folder(config.cache)
     with hosts.cache_filled_once(cache):
         pool = Pool({name: open_corpus(corpus, cache) for name, corpus in config.corpora.items()})
-    if _is_there(config, pool):
+    there = jax.process_index() == 0 and _is_there(config, pool)  # the others may not see `out`
+    if hosts.gather(np.asarray(there))[0]:
         say(f"scenario: {config.out} (was there)")
         return config.out
     splitter = SPLITTERS[config.domains.by]
@@ -111,7 +111,7 @@ def _is_there(config: ScenarioConfig, pool: Pool) -> bool:
 
 def _split(config: ScenarioConfig, pool: Pool, stored: dict[str, columns.Stored]) -> None:
     """From what is known of every sample to the folder."""
-    keys, reasons = stored["keys"].map(), stored["reasons"].map()
+    keys, reasons = stored["keys"].map(), columns.reasons(stored)
     good = reasons == columns.GOOD
     bad = Counter(columns.bad(reasons))
     if not good.any():
@@ -121,7 +121,7 @@ def _split(config: ScenarioConfig, pool: Pool, stored: dict[str, columns.Stored]
     options = config.domains
     request = Request(pool, stored, keys, good, options.count, config.seed, options.clustering)
     assigned = SPLITTERS[options.by].assign(options.options, request)
-    _check_names(assigned.names)
+    check_names(assigned.names)
     groups = duplicates.groups(stored, good, config.duplicates)
     indices = splitting.indices(assigned, splitting.by_group(groups, keys, config.splits, config.seed))
     splitting.check(indices, config.splits)
@@ -163,13 +163,6 @@ def _recipe(config: ScenarioConfig) -> dict[str, Any]:
     """What decides the scenario: not where it lies, nor how fast it was made."""
     left_out = ("out", "cache", "workers", "hosts", "bad_limit")
     return {name: value for name, value in configs.resolved(config).items() if name not in left_out}
-
-
-def _check_names(names: Sequence[str]) -> None:
-    """Domains become names of files."""
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise InputError(f"{name!r} cannot name a domain; use letters, digits, - and _ for corpora and topics")
 
 
 def _say_largest(groups: np.ndarray, good: np.ndarray) -> None:

@@ -19,8 +19,9 @@ from pivotjax.models import connectors, language, projector, published, vision
 from pivotjax.models.abstract import abstract
 from pivotjax.models.language import DecoderConfig
 from pivotjax.models.processors import Normalisation, load_processor
-from pivotjax.models.vision import Features, VisionConfig, efficientnet_lite
+from pivotjax.models.vision import Features, efficientnet_lite
 from pivotjax.progress import say
+from pivotjax.tpu import flops
 from pivotjax.tpu.compile import Described
 from pivotjax.tpu.flops import Work
 from pivotjax.training.optimizer import TrainingConfig
@@ -55,6 +56,7 @@ def described(model: ModelConfig, data: DataConfig, training: TrainingConfig, si
     tower = _tower(model.vision, chosen, dtype)
     decoder = _decoder(model.language, dtype)
     online = data.features == "online"
+    encoder = tower.graphdef, tower.params, chosen, tower.normalise, tower.image_size
     head = _before_captions(model.language, data, tower.tokens)
     images = data.pack
     length, targets = rows.sizes(head - 1, data.max_caption, images, data.row_tokens if images > 1 else 0)
@@ -69,8 +71,7 @@ def described(model: ModelConfig, data: DataConfig, training: TrainingConfig, si
         frozen=frozen,
         w0=w0,
         decoder=decoder.config,
-        vision=tower.config if online else None,
-        layers=vision.depth_of(model.select_layer, tower.config.num_layers) if tower.config else 0,
+        image_flops=flops.of_image(*encoder) if online else 0.0,
         image=pixels if online else features,
         work=Work(*sizes, images, tower.tokens, length, targets, online),
         training=training,
@@ -86,9 +87,8 @@ class _Decoder(NamedTuple):
 
 
 class _Tower(NamedTuple):
-    """A vision encoder without its weights; `config` is None where it is no vision transformer."""
+    """A vision encoder without its weights."""
 
-    config: VisionConfig | None
     graphdef: nnx.GraphDef
     params: Any
     image_size: int
@@ -109,16 +109,16 @@ def _tower(name: str, chosen: Features, dtype: Any) -> _Tower:
         sizes = efficientnet_lite.LITE0
         network = abstract(lambda: efficientnet_lite.EfficientNetLite(sizes, rngs=nnx.Rngs(0)))
         tokens = connectors.num_tokens(chosen.kind, efficientnet_lite.NUM_TOKENS)
-        return _Tower(None, *network, sizes.image_size, tokens, connectors.width(chosen.kind, sizes.head), None)
+        return _Tower(*network, sizes.image_size, tokens, connectors.width(chosen.kind, sizes.head), None)
     settings, where = _settings(name, published.VISION, "vision")
     kind = settings.get("model_type")
     if kind not in vision.FAMILIES:
         known = ", ".join(vision.FAMILIES)
         raise InputError(f"{where}: model_type {kind!r} is no known vision encoder; known: {known}")
     config = vision.FAMILIES[kind].config(settings, where)
+    vision.depth_of(chosen.select_layer, config.num_layers)
     tokens = config.num_patches + (chosen.select_features == "cls_patch" and config.has_class_token)
     return _Tower(
-        config,
         *vision.abstract(vision.FAMILIES[kind], config, dtype),
         config.image_size,
         connectors.num_tokens(chosen.kind, tokens),

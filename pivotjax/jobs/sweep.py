@@ -17,7 +17,7 @@ from pivotjax import files
 from pivotjax.checkpoints import store
 from pivotjax.data import assets
 from pivotjax.errors import InputError
-from pivotjax.jobs import assemble, calibration, merge, merge_inputs, output, sweep_page
+from pivotjax.jobs import calibration, merge, merge_inputs, output, sweep_page
 from pivotjax.jobs.calibration import CalibrationConfig
 from pivotjax.jobs.merge import MergeConfig
 from pivotjax.merging import merge as merge_params
@@ -27,6 +27,7 @@ from pivotjax.merging.calibration import Calibration
 from pivotjax.merging.recipe import MergeRecipe
 from pivotjax.merging.tuning import Trial
 from pivotjax.progress import say
+from pivotjax.versions import versions
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def _write(plan: Sweep, trials: Sequence[Trial], chosen: Trial, references: Mapp
     found = _described(plan) | {
         "method": plan.plan.merge_method,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": assemble.versions(),
+        "versions": versions(),
         "trials": [trial._asdict() for trial in trials],
         "best": chosen._asdict(),
         "references": dict(references),

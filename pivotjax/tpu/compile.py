@@ -20,7 +20,6 @@ from pivotjax import files
 from pivotjax.errors import InputError
 from pivotjax.models import projector
 from pivotjax.models.language import DecoderConfig
-from pivotjax.models.vision import VisionConfig
 from pivotjax.tpu import flops
 from pivotjax.tpu.flops import Work
 from pivotjax.tpu.hlo import Array, Instruction, Program, parse
@@ -28,7 +27,7 @@ from pivotjax.training import parallel
 from pivotjax.training.optimizer import TrainingConfig, adamw, per_expert
 from pivotjax.training.step import Network, init_state, make_step
 
-_SIZE = re.compile(r"\b([\d.]+)([KMGT])\b")  # as the compiler's complaint has what it needs, then what there is
+_SIZE = re.compile(r"\b([\d.]+)([KMGT])\b")  # as the compiler's complaint has what it needs, then what it may use
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -40,8 +39,8 @@ class Described:
         network: the frozen networks' graphs.
         frozen: shapes of their weights, as the step takes them.
         w0: shapes of one projector.
-        decoder, vision: sizes of the frozen networks; no vision where batches bring features.
-        layers: of the encoder, as many as run.
+        decoder: sizes of the language model.
+        image_flops: FLOPs of encoding one image inside the step; 0 where batches bring features.
         image: shape and type of what a batch holds of one image: pixels, or features.
         work: what a step is given.
         training: how it is trained.
@@ -51,8 +50,7 @@ class Described:
     frozen: dict[str, Any]
     w0: projector.Params
     decoder: DecoderConfig
-    vision: VisionConfig | None
-    layers: int
+    image_flops: float
     image: jax.ShapeDtypeStruct
     work: Work
     training: TrainingConfig
@@ -76,7 +74,7 @@ class Described:
 
     def minimum(self) -> flops.Minimum:
         """FLOPs of a step that no arrangement goes below."""
-        return flops.minimum(self.work, self.decoder, self.w0, self.vision, self.layers)
+        return flops.minimum(self.work, self.decoder, self.w0, self.image_flops)
 
     def arguments(self, mesh: Mesh) -> tuple[Any, Any, Any]:
         """State, frozen weights and batch as shapes in their shardings on a mesh."""
@@ -103,22 +101,25 @@ def _placed(mesh: Mesh, root: str, tree: Any) -> Any:
 
 
 class Memory(NamedTuple):
-    """Bytes of one device, by kind. Where the program does not fit, only `bytes` and `limit` are known.
+    """Bytes of one device, by kind. Where the program does not fit, only `bytes` and `over` are known.
 
     Fields:
-        fits: the compiler found room for it.
         bytes: what it needs: arguments, outputs that are not arguments too, temporaries, code.
-        limit: what the compiler may use: the memory less what the runtime keeps.
+        over: how much more that is than the compiler may use, the memory less what the runtime keeps; 0: it fits.
     """
 
-    fits: bool
     bytes: int
-    limit: int
+    over: int
     arguments: int | None = None
     outputs: int | None = None
     temporaries: int | None = None
     code: int | None = None
     aliased: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """The compiler found room for it."""
+        return self.over == 0
 
 
 class Backbone(NamedTuple):
@@ -150,17 +151,16 @@ class Compiled(NamedTuple):
 
 
 def compiled(step: Described, mesh: Mesh, hbm_bytes: float, flags: Mapping[str, bool]) -> Compiled:
-    """Compiles a step for the devices of a mesh, with flags of their compiler."""
+    """Compiles a step for the devices of a mesh, with flags of their compiler.
+
+    InputError where the step needs more than there is of something else than the chips' HBM.
+    """
     started = time.monotonic()
     lowered = step.traced(mesh).lower()
     try:
         executable, text = _with_text(lowered, flags, on_tpu=mesh.devices.flat[0].platform == "tpu")
     except jax.errors.JaxRuntimeError as error:
-        sizes = _SIZE.findall(str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
-            raise
-        need, limit = (int(float(number) * _UNITS[unit]) for number, unit in sizes[:2])
-        return Compiled(Memory(False, need, limit), time.monotonic() - started, None, None)
+        return Compiled(_too_large(error), time.monotonic() - started, None, None)
     found = executable.memory_analysis()
     parts = dict(
         arguments=found.argument_size_in_bytes,
@@ -170,8 +170,23 @@ def compiled(step: Described, mesh: Mesh, hbm_bytes: float, flags: Mapping[str, 
         aliased=found.alias_size_in_bytes,
     )
     total = sum(parts.values()) - 2 * parts["aliased"]
-    memory = Memory(total <= hbm_bytes, total, int(hbm_bytes), **parts)
+    memory = Memory(total, max(0, total - int(hbm_bytes)), **parts)
     return Compiled(memory, time.monotonic() - started, parse(text), executable)
+
+
+def _too_large(error: jax.errors.JaxRuntimeError) -> Memory:
+    """What a program needs that does not fit the chips' HBM; raises where the compiler complains about something else.
+
+    Its first line says what ran out: HBM, or memory of one kernel (vmem, smem), which no other mesh mends.
+    """
+    line = str(error).partition("\n")[0]
+    if "RESOURCE_EXHAUSTED" not in line:
+        raise error
+    sizes = _SIZE.findall(line)
+    if not re.search(r"\bhbm\b", line, re.IGNORECASE) or len(sizes) < 2:
+        raise InputError(f"the compiler cannot compile this step ({line}); change training.attention or the batch")
+    need, limit = (int(float(number) * _UNITS[unit]) for number, unit in sizes[:2])
+    return Memory(need, need - limit)
 
 
 def _with_text(
@@ -228,10 +243,21 @@ def _made(instruction: Instruction) -> tuple[Array, ...]:
 _EXECUTABLE, _ABOUT = "step.executable", "about.json"
 
 
+def check_target(folder: Path) -> None:
+    """InputError where a step cannot be saved in `folder`: it holds anything but an earlier one, or is not writable."""
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {_EXECUTABLE, _ABOUT}):
+        raise InputError(f"{folder} holds other files than a saved step; give another folder")
+    files.output_folder(folder.absolute().parent)
+
+
 def save(
     folder: Path, executable: jax.stages.Compiled, devices: list[jax.Device], about: Mapping[str, Any]
 ) -> None:
-    """Writes a step compiled for these devices to a folder, whole or not at all, with what is known `about` it."""
+    """Writes a step compiled for these devices to a folder, whole or not at all, with what is known `about` it.
+
+    InputError where the folder holds anything but an earlier saved step.
+    """
+    check_target(folder)
     with files.atomic_path(folder) as temporary:
         temporary.mkdir()
         (temporary / _EXECUTABLE).write_bytes(pickle.dumps(serialize_executable.serialize(executable)))

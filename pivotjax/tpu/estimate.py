@@ -70,7 +70,8 @@ def _ways(step: Described, where: Slice, batches: tuple[int, ...]) -> Iterator[t
 
 def _candidate(step: Described, where: Slice, mesh: MeshConfig, remat: str, rows: int, samples: int) -> Candidate:
     batch = step.training.batch * samples // step.work.samples
-    training = replace(step.training, accumulate=1, device_batch=rows, remat=remat, batch=batch)
+    steps = math.ceil(step.training.steps * step.work.samples / samples)  # as many samples as the recipe's steps take
+    training = replace(step.training, accumulate=1, device_batch=rows, remat=remat, batch=batch, steps=steps)
     work = step.work._replace(samples=samples)
     total = work.experts * samples
     parts = max(1, total // (mesh.expert * mesh.data * mesh.fsdp) // rows)
@@ -123,6 +124,7 @@ def flags(mesh: MeshConfig, training: TrainingConfig) -> str:
     """What to give `pivotjax pretrain` for a way to run a step."""
     sizes = zip(("expert", "data", "fsdp", "tensor"), astuple(mesh))
     given = [f"--mesh.{name} {size}" for name, size in sizes]
-    given += [f"--training.batch {training.batch}", f"--training.remat {training.remat}"]
+    given += [f"--training.steps {training.steps}", f"--training.batch {training.batch}"]
+    given += [f"--training.remat {training.remat}"]
     given += [f"--training.device-batch {training.device_batch}", f"--training.accumulate {training.accumulate}"]
     return " ".join(given)

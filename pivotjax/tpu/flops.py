@@ -5,12 +5,16 @@ A multiplication and an addition are two; only matrix products and convolutions 
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from pivotjax.models import projector
+from pivotjax.models import projector, vision
 from pivotjax.models.language import DecoderConfig
-from pivotjax.models.vision import VisionConfig
+from pivotjax.models.processors import Normalisation
+from pivotjax.models.vision import Features, VisionConfig, VisionTransformer
 from pivotjax.tpu.hlo import Computation, Instruction, Program
 
 # How JAX names what a checkpointed function computes again in the backward pass, and XLA what it computes again itself.
@@ -56,20 +60,23 @@ def of_instruction(computation: Computation, instruction: Instruction) -> int:
 
 
 def _convolution(computation: Computation, instruction: Instruction) -> int:
-    """Pairs of an output and an input that meet, padding and the gaps of dilation left out (as HloCostAnalysis)."""
     left, right = (computation.instructions[name].arrays[0].dims for name in instruction.operands[:2])
     out = instruction.arrays[0].dims
     lhs, rest = instruction.attribute("dim_labels").split("_")
     rhs, result = rest.split("->")
     window = _window(instruction, sum(label.isdigit() for label in lhs))
     pairs = 1
-    for number, (size, stride, low, base, dilation) in enumerate(window):
-        label = str(number)
-        given, made = left[lhs.index(label)], out[result.index(label)]
-        starts = np.arange(made)[:, None] * stride + np.arange(size)[None] * dilation - low
-        pairs *= int(((starts >= 0) & (starts <= (given - 1) * base) & (starts % base == 0)).sum())
+    for number, sizes in enumerate(window):
+        pairs *= _meeting(left[lhs.index(str(number))], out[result.index(str(number))], *sizes)
     groups = int(instruction.attribute("batch_group_count") or 1)
     return 2 * pairs * (left[lhs.index("b")] // groups) * right[rhs.index("i")] * right[rhs.index("o")]
+
+
+def _meeting(given: int, made: int, size: int, stride: int, low: int, base: int, dilation: int) -> int:
+    """Pairs of an output and an input of one dimension that meet in a convolution: padding and the gaps of dilation are
+    left out, as in HloCostAnalysis."""
+    starts = np.arange(made)[:, None] * stride + np.arange(size)[None] * dilation - low
+    return int(((starts >= 0) & (starts <= (given - 1) * base) & (starts % base == 0)).sum())
 
 
 def _window(instruction: Instruction, dims: int) -> list[tuple[int, int, int, int, int]]:
@@ -98,14 +105,25 @@ def _of_equation(equation: Any) -> float:
         left = equation.invars[0].aval.shape
         return 2.0 * made * np.prod([left[d] for d in params["dimension_numbers"][0][0]], dtype=float)
     if name == "conv_general_dilated":
-        kernel, numbers = equation.invars[1].aval.shape, params["dimension_numbers"]
-        return 2.0 * made * np.prod(kernel, dtype=float) / kernel[numbers.rhs_spec[0]]
+        return _of_convolution(equation)
     if name == "pallas_call":
         return float(params["cost_estimate"].flops) if params.get("cost_estimate") else 0.0
     inner = sum(asked(value) for given in params.values() for value in _jaxprs(given))
     if name == "scan":
         return params["length"] * inner
     return inner * (params["mesh"].size if name == "shard_map" else 1)
+
+
+def _of_convolution(equation: Any) -> float:
+    left, right, out = (array.aval.shape for array in (*equation.invars, *equation.outvars))
+    params = equation.params
+    lhs, rhs, result = params["dimension_numbers"]  # each: batch or outputs, features, then the spatial dimensions
+    strides, low = params["window_strides"], [before for before, _ in params["padding"]]
+    window = zip(strides, low, params["lhs_dilation"], params["rhs_dilation"], strict=True)
+    pairs = 1
+    for number, sizes in enumerate(window, start=2):
+        pairs *= _meeting(left[lhs[number]], out[result[number]], right[rhs[number]], *sizes)
+    return 2.0 * pairs * (left[lhs[0]] // params["batch_group_count"]) * right[rhs[1]] * right[rhs[0]]
 
 
 def _jaxprs(given: Any) -> list[Any]:
@@ -149,22 +167,23 @@ class Minimum(NamedTuple):
         return sum(self)
 
 
-def minimum(
-    work: Work, decoder: DecoderConfig, projector_sizes: projector.Params, vision: VisionConfig | None, layers: int
-) -> Minimum:
+def minimum(work: Work, decoder: DecoderConfig, projector_sizes: projector.Params, image: float) -> Minimum:
     """The analytic minimum for a frozen decoder and encoder, of the sequences that the program is given.
 
     With N the entries of the decoder's matrices (embedding and head left out), M those of the projector's, M_0 of its
-    first matrix, H of the head, E those of `layers` encoder layers and its patch embedding:
+    first matrix, H of the head:
 
     - decoder: 4 N a token: 2 N forward, 2 N for the gradient of the activations; none for frozen weights;
     - attention: 3 x (2 x 2 x d x L / 2) a token and layer: scores and mixing, once forward and twice backward, over the
       earlier half of the sample's own sequence that a causal mask leaves, d = heads x head_dim;
     - head: 4 H a target;
     - projector: 6 M - 2 M_0 a visual token: the features need no gradient;
-    - vision, where it runs in the step: 2 E a patch, and 4 x dim x tokens for its attention, which sees all tokens.
+    - vision: what `of_image` says.
 
     Padding counts, because the program is given it; `report` says how much that is.
+
+    Args:
+        image: FLOPs of encoding one image inside the step (`of_image`); 0 where batches bring features.
     """
     rows = work.experts * work.samples
     tokens, width = rows * work.length, decoder.num_heads * decoder.head_dim
@@ -174,7 +193,7 @@ def minimum(
         attention=6.0 * width * work.length / work.images * tokens * decoder.num_layers,
         head=4.0 * decoder.dim * decoder.vocab_size * rows * work.targets,
         projector=(6 * sum(kernels) - 2 * kernels[0]) * rows * work.images * work.visual,
-        vision=_vision(vision, layers) * rows * work.images if work.online and vision else 0.0,
+        vision=image * rows * work.images,
     )
 
 
@@ -185,8 +204,24 @@ def decoder_entries(config: DecoderConfig) -> int:
     return config.num_layers * (attention + 3 * config.dim * config.mlp_dim)
 
 
-def _vision(config: VisionConfig, layers: int) -> float:
-    """Forward FLOPs of one image through so many layers."""
+def of_image(
+    graphdef: nnx.GraphDef, params: Any, chosen: Features, normalise: Normalisation | None, size: int
+) -> float:
+    """Forward FLOPs of one image of `size` x `size` pixels through an encoder, whose weights may be shapes only.
+
+    A vision transformer's by formula: with E the entries of its patch embedding's matrix and of those of the layers
+    that run, 2 E a patch, and 4 x dim x tokens a token and layer for attention, which sees all tokens. Any other
+    encoder's are those that its traced forward pass asks for.
+    """
+    tower = nnx.merge(graphdef, params)
+    if isinstance(tower, VisionTransformer):
+        return _of_transformer(tower.config, vision.depth_of(chosen.select_layer, tower.config.num_layers))
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+    return asked(jax.make_jaxpr(vision.visual_features, static_argnums=(0, 1, 2))(
+        graphdef, chosen, normalise, params, image))  # fmt: skip
+
+
+def _of_transformer(config: VisionConfig, layers: int) -> float:
     tokens = config.num_patches + config.has_class_token
     matrices = 4 * config.dim**2 + 2 * config.dim * config.mlp_dim
     patches = 2.0 * config.num_patches * 3 * config.patch_size**2 * config.dim

@@ -1,9 +1,9 @@
 """What `pivotjax compile` says about a step on a slice: one mapping for programs, one table for people."""
 
-import sys
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from pivotjax.tpu.compile import Compiled, Described, backbone
 from pivotjax.tpu.roofline import Roofline, roofline
 from pivotjax.tpu.topology import Slice
 from pivotjax.training.parallel import MeshConfig
+from pivotjax.training.step import micro_batches
 
 _ESTIMATES = "rooflines: what the chips' limits allow, not measured; a run is slower"
 
@@ -82,7 +83,7 @@ def _memory(step: Described, where: Slice, mesh: Mesh, done: Compiled) -> dict[s
     return {
         **done.memory._asdict(),
         "hbm_bytes": int(where.hbm_bytes),
-        "over": max(0, done.memory.bytes - done.memory.limit),
+        "fits": done.memory.fits,
         "state": _own_bytes(state),
         "batch": _own_bytes(batch),
         "backbone": {**once._asdict(), "repeated": list(once.repeated)},
@@ -128,47 +129,74 @@ def _by_kind(found: Sequence[Collective]) -> list[dict[str, Any]]:
 
 
 def advice(step: Described, values: dict[str, Any]) -> list[str]:
-    """What binds, and what to change."""
-    training, memory, line = step.training, values["memory"], values["roofline"]
+    """What binds, and what to change: only what would change something."""
+    memory, line = values["memory"], values["roofline"]
     if line is None:
-        rows = training.device_batch or _rows(step, values["mesh"])
         return [
-            f"does not fit: {_gib(memory['over'])} GiB over the {_gib(memory['limit'])} GiB that a chip has",
-            f"change: --training.device-batch {max(1, rows // 2)}, --training.remat layers, or a larger --mesh.fsdp",
+            f"does not fit: {_gib(memory['over'])} GiB more than the compiler may use of a chip's "
+            f"{_gib(memory['hbm_bytes'])} GiB",
+            f"change: {', or '.join(_less_memory(step, values['mesh']))}",
         ]
     waits = line["step_seconds"] - line["compute_seconds"]
     said = [f"{line['binds']} binds; for {waits:.3f} s of {line['step_seconds']:.3f} s chips wait for memory or links"]
+    said.append(f"change: {', or '.join(_faster(step, values['mesh'], line['binds']))}")
     free = memory["hbm_bytes"] - memory["bytes"]
-    if line["binds"] == "compute" and training.remat == "layers":
-        said.append("change: --training.remat dots computes a third less again, where memory allows")
-    elif line["binds"] == "compute":
-        said.append(
-            "what is left to change: --training.attention splash (scores stay on the chip), fewer tokens (a shorter "
-            "data.max_caption), more chips"
-        )
-    parts = _rows(step, values["mesh"]) > (training.device_batch or sys.maxsize) or training.accumulate > 1
-    if line["binds"] == "ici":
-        said.append(
-            "change: "
-            + ("a larger --training.device-batch (weights are gathered once a part), " if parts else "")
-            + "a larger --training.batch, or a smaller --mesh.fsdp"
-        )
-    if line["binds"] == "hbm":
-        said.append(
-            "change: "
-            + ("a larger --training.device-batch (weights are read once a part), " if parts else "a larger batch, ")
-            + "or --training.attention splash (scores stay on the chip)"
-        )
     if free > 0.5 * memory["hbm_bytes"]:
-        room = ["a larger --training.batch or --training.device-batch"]
+        room = [_more_at_once(step, values["mesh"])]
         room += ["a smaller --mesh.fsdp"] if values["mesh"]["fsdp"] > 1 else []
-        room += ["--training.remat none"] if training.remat != "none" else []
+        room += ["--training.remat none"] if step.training.remat != "none" else []
         said.append(f"{free / 2**30:.1f} GiB of a chip stay free: room for {', '.join(room)}")
     return said
 
 
-def _rows(step: Described, mesh: dict[str, int]) -> int:
-    return step.work.experts * step.work.samples // (mesh["expert"] * mesh["data"] * mesh["fsdp"])
+def _less_memory(step: Described, mesh: dict[str, int]) -> list[str]:
+    """What makes a device need less."""
+    experts, rows = _on_device(step, mesh)
+    now = micro_batches(step.training, experts, rows)
+    more = next((parts for parts in range(now + 1, rows + 1) if rows % parts == 0), None)
+    chips, found = math.prod(mesh.values()), []
+    if more is not None:
+        found.append(f"--training.device-batch {experts * rows // more}")
+    elif math.gcd(experts, chips // mesh["expert"]) > 1:
+        found.append("a larger --mesh.expert (a device takes a sample of each of its experts at once)")
+    if step.training.remat != "layers":
+        found.append("--training.remat layers")
+    if mesh["fsdp"] * mesh["tensor"] < chips:
+        found.append("a larger --mesh.fsdp")
+    return found or ["more chips", "a shorter --data.max-caption"]
+
+
+def _faster(step: Described, mesh: dict[str, int], binds: str) -> list[str]:
+    """What eases the limit that binds."""
+    training = step.training
+    if binds == "compute" and training.remat == "layers":
+        return ["--training.remat dots, which computes a third less again, where memory allows"]
+    splash = ["--training.attention splash (scores stay on the chip)"] if training.attention != "splash" else []
+    if binds == "compute":
+        return [*splash, "fewer tokens (a shorter --data.max-caption)", "more chips"]
+    at_once = f"{_more_at_once(step, mesh)} (weights are read and gathered once a part)"
+    if binds == "hbm":
+        return [at_once, *splash]
+    return [at_once, *(f"a smaller --mesh.{axis}" for axis in ("fsdp", "tensor") if mesh[axis] > 1)]
+
+
+def _more_at_once(step: Described, mesh: dict[str, int]) -> str:
+    """What makes the parts of a batch larger."""
+    training, (experts, rows) = step.training, _on_device(step, mesh)
+    now = micro_batches(training, experts, rows)
+    if now == 1:
+        return "a larger --training.batch" + (" and --training.device-batch" if training.device_batch else "")
+    ways = {
+        "a larger --training.device-batch": replace(training, device_batch=0),
+        "a smaller --training.accumulate": replace(training, accumulate=1),
+    }
+    enough = [said for said, other in ways.items() if micro_batches(other, experts, rows) < now]
+    return ", or ".join(enough) or " and ".join(ways)
+
+
+def _on_device(step: Described, mesh: dict[str, int]) -> tuple[int, int]:
+    """Experts of a device, and rows of each in a step."""
+    return step.work.experts // mesh["expert"], step.work.samples // (mesh["data"] * mesh["fsdp"])
 
 
 def table(values: dict[str, Any]) -> str:
@@ -183,7 +211,7 @@ def table(values: dict[str, Any]) -> str:
         ("step", f"{given['experts']} experts x {given['samples_per_expert']} samples x {given['tokens_per_sample']} "
                  f"tokens{padding}; remat {given['remat']}, at most {given['device_batch'] or 'all'} samples at once"),
         ("memory", f"{'fits' if memory['fits'] else 'DOES NOT FIT'}: {_gib(memory['bytes'])} of "
-                   f"{_gib(memory['limit'])} GiB a chip"),
+                   f"{_gib(memory['hbm_bytes'])} GiB a chip"),
     ]  # fmt: skip
     if memory["arguments"] is not None:
         kinds = ("arguments", "outputs", "aliased", "temporaries", "code")

@@ -14,7 +14,6 @@ import tyro
 
 from pivotjax import config as configs
 from pivotjax.errors import InputError
-from pivotjax.training import parallel
 
 # What libtpu reads when it loads: there is no machine to ask about its topology, and the lock file of a killed run must
 # not matter. The names of type and workers only silence its complaints that there are none.
@@ -115,8 +114,6 @@ class Slice:
     """Software of its virtual machines."""
     gke_accelerator: str
     """Node label of Google Kubernetes Engine; its topology label is that of `topology`."""
-    mesh: parallel.MeshConfig
-    """The mesh where a recipe names none."""
     xla_flags: dict[str, bool]
     """Flags of libtpu's compiler that training on it wants; the launch scripts set them too (LIBTPU_INIT_ARGS)."""
     launch: tuple[str, ...]

@@ -35,20 +35,23 @@ class HostsConfig:
 
     coordinator: str = ""
     """host:port of process 0, where the processes meet; empty: found by JAX on TPU pods, else this process is alone."""
-    count: int = 1
-    """Number of processes (with `coordinator`)."""
+    count: int = 0
+    """Number of processes (with `coordinator`); 1: this one is alone, 0: as many as JAX finds on a TPU pod."""
     index: int = 0
     """This process's place among them, from 0 (with `coordinator`)."""
     timeout: int = 300
     """Seconds to wait for the others at the start."""
 
     def __post_init__(self) -> None:
-        check_least(self, count=1, index=0, timeout=1)
-        if self.index >= self.count:
-            raise InputError(f"index is {self.index}, but {self.count} processes count from 0 to {self.count - 1}")
+        check_least(self, count=0, index=0, timeout=1)
+        count = max(1, self.count)
+        if self.index >= count:
+            raise InputError(f"index is {self.index}, but {count} processes count from 0 to {count - 1}")
         host, _, port = self.coordinator.rpartition(":")
         if self.coordinator and not (host and port.isdigit()):
             raise InputError(f"coordinator must be HOST:PORT of process 0, not {self.coordinator!r}")
+        if self.coordinator and not self.count:
+            raise InputError("coordinator is given, but no count; give the number of processes")
         if self.count > 1 and not self.coordinator:
             raise InputError("count is given, but no coordinator; give HOST:PORT of process 0")
 
@@ -91,13 +94,25 @@ def _initialised(config: HostsConfig) -> bool:
             _reach(config)
         _initialise(config, config.coordinator, config.count, config.index, cluster_detection_method="deactivate")
         return True
-    if os.environ.get("JAX_PLATFORMS") == "cpu" or not _tpu():
+    if config.count == 1 or os.environ.get("JAX_PLATFORMS") == "cpu" or not _tpu() or _local():
         return False
     try:
         _initialise(config)
     except ValueError:  # a TPU of one host that no cluster manager started
         return False
+    except OSError as error:  # of requests, too
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(
+            f"this host has a TPU, but no metadata server says which hosts belong to it ({reason}); give hosts.count 1 "
+            "if it is alone, else hosts.coordinator"
+        ) from error
     return True
+
+
+def _local() -> bool:
+    """Whether the environment names this host alone, as notebooks with a TPU do."""
+    named = {os.environ.get(name) for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")}
+    return not named.isdisjoint({"local", "localhost"})
 
 
 def _initialise(config: HostsConfig, *args: Any, **options: Any) -> None:

@@ -45,7 +45,7 @@ class Watch:
                 names = ", ".join(self._feed.names[k] for k, action in zip(wrong, actions) if action == "abort")
                 raise InputError(
                     f"step {step} went wrong for {names} and training.guard says abort; the samples are in "
-                    "incidents.jsonl, the checkpoints before it are whole"
+                    "incidents.jsonl; go on from the checkpoint before, with mended data or another training.guard"
                 )
         if not metrics.alive.any():
             raise InputError(

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from pivotjax.checkpoints.training import CheckpointConfig, TrainingCheckpoints, training_checkpoints
+from pivotjax.data.domains import check_names
 from pivotjax.data.pipeline import COUNTED, HOST_KEYS, Batch, Feed
 from pivotjax.errors import InputError
 from pivotjax.progress import Bar, say
@@ -72,15 +73,18 @@ def train(
         clock: seconds, never set back.
 
     Returns the state after the last step, on its devices. Files below `folder`: `metrics.jsonl`, `incidents.jsonl`,
-    `held_out.jsonl`, `training/`.
+    `held_out.jsonl`, `checkpoints.json` (where and up to which step checkpoints were saved), `training/`.
 
-    Raises InputError when no expert is left alive, where `config.guard` says abort, and on a disk that cannot be
-    written to. On SIGTERM, the step is finished and saved, and SystemExit(143) raised, in all processes together.
+    Raises InputError when no expert is left alive, where `config.guard` says abort, where a step does not fit the
+    devices' memory, where checkpoints that were saved are not there, and on a disk that cannot be written to. On
+    SIGTERM, the step is finished and saved, and SystemExit(143) raised, in all processes together.
     """
-    if reserved := {"step", "learning_rate", "bad", "mean"} & set(feed.names):
-        raise InputError(f"{reserved.pop()!r} is a column of the metrics; give that domain another name")
-    place = checkpoints.folder or folder / "training"
-    with training_checkpoints(place, checkpoints, belongs) as saved, _sigterm() as told_to_end:
+    check_names(feed.names)
+    with (
+        training_checkpoints(folder, checkpoints, belongs) as saved,
+        _sigterm() as told_to_end,
+        _lack_of_memory(),
+    ):
         state, counts = saved.restore(layout.put_state(state))
         done = int(hosts.fetch(state.step))
         if done:
@@ -261,6 +265,21 @@ def _ended(metrics: Metrics, clock: Callable[[], float]) -> float:
     with contextlib.suppress(Exception):
         jax.block_until_ready(metrics)
     return clock()
+
+
+@contextlib.contextmanager
+def _lack_of_memory() -> Iterator[None]:
+    """A step that does not fit the devices is the recipe's to mend."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"a step does not fit the devices' memory ({str(error).splitlines()[0][:200]}); lower "
+            "training.device_batch, set training.remat (layers) or spread more over mesh.fsdp; `pivotjax compile` "
+            "tells what fits"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """AdamW with warm-up and cosine decay, kept apart for every expert."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,6 +8,7 @@ import jax
 import optax
 
 from pivotjax.config import check_least
+from pivotjax.errors import InputError
 from pivotjax.models.language import Remat
 
 
@@ -39,11 +41,11 @@ class TrainingConfig:
     learning_rate: float = 2e-3
     """Peak learning rate."""
     warmup: float = 0.03
-    """Share of the steps in which the learning rate rises linearly."""
+    """Share of the steps, at most 1, in which the learning rate rises linearly."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     clip: float = 1.0
-    """Largest global gradient norm of an expert."""
+    """Largest global gradient norm of an expert; 0: gradients are not clipped."""
     accumulate: int = 1
     """Parts that a batch is cut into, one after the other, with one update for all (less memory, same numbers)."""
     device_batch: int = 0
@@ -62,6 +64,8 @@ class TrainingConfig:
     def __post_init__(self):
         check_least(self, steps=1, batch=1, learning_rate=0, warmup=0, weight_decay=0, clip=0, log_every=1)
         check_least(self, accumulate=1, device_batch=0, loss_chunk=1)
+        if self.warmup > 1:
+            raise InputError(f"warmup is a share of the steps, at most 1, not {self.warmup}")
 
 
 def schedule(config: TrainingConfig) -> optax.Schedule:
@@ -74,7 +78,7 @@ def schedule(config: TrainingConfig) -> optax.Schedule:
 def adamw(config: TrainingConfig) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW, for one projector."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        optax.clip_by_global_norm(config.clip or math.inf),
         optax.adamw(schedule(config), b1=0.9, b2=0.999, weight_decay=config.weight_decay),
     )
 

@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pivotjax.config import check_least
 from pivotjax.data.pipeline import Share
 from pivotjax.errors import InputError
+from pivotjax.progress import say
 
 AXES = ("expert", "data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what an expert's batch is spread over
@@ -38,8 +40,8 @@ class MeshConfig:
 
     expert: int = 1
     """Devices over which the experts are spread (0: all that the other axes leave; so too below, for one axis)."""
-    data: int = 1
-    """Devices over which each expert's batch is spread."""
+    data: int = 0
+    """Devices over which each expert's batch is spread (by default all that the other axes leave)."""
     fsdp: int = 1
     """Devices over which each expert's batch and the frozen weights are spread."""
     tensor: int = 1
@@ -48,11 +50,17 @@ class MeshConfig:
     def __post_init__(self):
         check_least(self, expert=0, data=0, fsdp=0, tensor=0)
         if astuple(self).count(0) > 1:
-            raise InputError(f"of expert, data, fsdp and tensor one may be 0, not {astuple(self).count(0)}")
+            raise InputError(
+                f"of expert, data, fsdp and tensor one may be 0, not {astuple(self).count(0)}; set mesh.data, 0 by "
+                "default"
+            )
 
 
 def make_mesh(config: MeshConfig, experts: int, rows: int, devices: Iterable[jax.Device] | None = None) -> Mesh:
-    """The mesh, over all devices if none are given; InputError where it does not fit them, or experts and rows."""
+    """The mesh, over all devices if none are given.
+
+    InputError where it does not fit them, or experts and rows, or leaves a process without a device.
+    """
     devices = list(jax.devices() if devices is None else devices)
     shape = _sizes(config, len(devices))
     expert, data, fsdp, _ = shape
@@ -62,10 +70,28 @@ def make_mesh(config: MeshConfig, experts: int, rows: int, devices: Iterable[jax
     ):
         if count % size:
             raise InputError(
-                f"{count} {name} cannot be spread evenly over {size} devices; change the mesh or the batch"
+                f"{count} {name} cannot be spread evenly over {size} devices (mesh {_said(shape)}); change the mesh or "
+                "the batch"
             )
     chosen = devices[: math.prod(shape)]
-    return jax.make_mesh(shape, AXES, devices=chosen, axis_types=(AxisType.Auto,) * len(AXES))
+    if len(chosen) < len(devices):
+        if len({device.process_index for device in devices}) > 1:
+            raise InputError(f"mesh {_said(shape)} leaves processes without a device; set mesh.data to 0: all devices")
+        say(f"{len(chosen)} of {len(devices)} devices is used; mesh.data: 0 takes all")
+    return Mesh(_placed(shape, chosen), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """The devices in the mesh's shape, along a TPU's links; `jax.make_mesh` would split a torus's axis on v5e only."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError, AssertionError) as error:  # by what of the torus does not suit
+        line = str(error).partition("\n")[0]
+        raise InputError(f"mesh {_said(shape)} cannot be laid over these devices ({line}); change the mesh") from error
+
+
+def _said(shape: tuple[int, ...]) -> str:
+    return f"{' x '.join(map(str, shape))} ({', '.join(AXES)})"
 
 
 def _sizes(config: MeshConfig, there: int) -> tuple[int, ...]:
@@ -75,10 +101,7 @@ def _sizes(config: MeshConfig, there: int) -> tuple[int, ...]:
         sizes = tuple(size or max(1, there // given) for size in sizes)
     need = math.prod(sizes)
     if need > there or (need != 1 and need != there):
-        said = " x ".join(map(str, sizes))
-        raise InputError(
-            f"mesh {said} ({', '.join(AXES)}) needs {need} devices, {there} are there; set mesh.data or another"
-        )
+        raise InputError(f"mesh {_said(sizes)} needs {need} devices, {there} are there; set mesh.data or another")
     return sizes
 
 

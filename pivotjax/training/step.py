@@ -166,11 +166,16 @@ def _kind(params: projector.Params) -> Any:
 
 
 def _parts(config: TrainingConfig, batch: Batch, layout: Layout | None) -> int:
-    """Micro-batches: so many as `accumulate` says, or as leave each device at most `device_batch` samples of each."""
     experts, rows = batch["tokens"].shape[:2]
     if _on_mesh(layout):
         sizes = layout.mesh.shape
         experts, rows = experts // sizes["expert"], rows // (sizes["data"] * sizes["fsdp"])
+    return micro_batches(config, experts, rows)
+
+
+def micro_batches(config: TrainingConfig, experts: int, rows: int) -> int:
+    """Micro-batches of a device's `rows` of each of its `experts`: so many as `accumulate` says, or as leave the device
+    at most `device_batch` at once. InputError where `accumulate` does not divide the rows."""
     if rows % config.accumulate:
         raise InputError(
             f"an expert's {rows} rows on a device cannot be cut into training.accumulate = {config.accumulate} equal "

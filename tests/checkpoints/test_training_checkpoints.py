@@ -1,6 +1,8 @@
 """Checkpoints of training state: the newest whole one is found, cut-off and damaged ones are passed over."""
 
+import errno
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
+from pivotjax import files
+from pivotjax.checkpoints import training
 from pivotjax.checkpoints.training import CheckpointConfig, checksums, training_checkpoints
 from pivotjax.errors import InputError
 
@@ -20,19 +25,25 @@ class State(NamedTuple):
     alive: jax.Array
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """Where the checkpoints of a run in `tmp_path` lie."""
+    return tmp_path / "training"
+
+
 def state(step):
     random = np.random.default_rng(step).normal(size=(3, 200)).astype(np.float32)
     return State(jnp.int32(step), {"w": jnp.array(random)}, jnp.array([True, False]))
 
 
 def write(folder, steps, losses=None, **config):
-    with training_checkpoints(folder, CheckpointConfig(**config)) as saved:
+    with training_checkpoints(folder.parent, CheckpointConfig(**config)) as saved:
         for step in steps:
             saved.save(step, state(step), {"corrupt image": step}, losses and losses.get(step))
 
 
-def read(folder, **config):
-    with training_checkpoints(folder, CheckpointConfig(**config)) as saved:
+def read(folder, /, **config):
+    with training_checkpoints(folder.parent, CheckpointConfig(**config)) as saved:
         return saved.restore(state(0))
 
 
@@ -40,11 +51,11 @@ def steps_in(folder):
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
-def test_the_newest_is_restored_with_its_counts(tmp_path):
-    write(tmp_path, [1, 2, 3])
-    found, counts = read(tmp_path)
+def test_the_newest_is_restored_with_its_counts(folder):
+    write(folder, [1, 2, 3])
+    found, counts = read(folder)
     jax.tree.map(np.testing.assert_array_equal, found, state(3))
-    assert counts == {"corrupt image": 3} and steps_in(tmp_path) == [2, 3]
+    assert counts == {"corrupt image": 3} and steps_in(folder) == [2, 3]
 
 
 def test_relative_folder(tmp_path, monkeypatch):
@@ -54,27 +65,27 @@ def test_relative_folder(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, found, state(1))
 
 
-def test_nothing_there_gives_back_what_came(tmp_path):
-    found, counts = read(tmp_path / "new")
+def test_nothing_there_gives_back_what_came(folder):
+    found, counts = read(folder)
     jax.tree.map(np.testing.assert_array_equal, found, state(0))
     assert counts == {}
 
 
-def test_what_is_saved_is_the_state_at_that_moment_though_its_memory_is_used_again(tmp_path):
+def test_what_is_saved_is_the_state_at_that_moment_though_its_memory_is_used_again(folder):
     """As the loop does: the next step is given the state's buffers while the save is under way."""
     step = jax.jit(lambda s: jax.tree.map(lambda a: a + 1 if a.dtype != bool else a, s), donate_argnums=0)
-    with training_checkpoints(tmp_path, CheckpointConfig(keep=9)) as saved:
+    with training_checkpoints(folder.parent, CheckpointConfig(keep=9)) as saved:
         now, expected = state(1), {}
         for number in range(1, 9):
             expected[number] = jax.tree.map(np.array, now)
             saved.save(number, now, {})
             for _ in range(3):
                 now = step(now)
-    with training_checkpoints(tmp_path, CheckpointConfig(keep=9)) as saved:
+    with training_checkpoints(folder.parent, CheckpointConfig(keep=9)) as saved:
         for number in range(8, 0, -1):
             found, _ = saved.restore(state(0))
             jax.tree.map(np.testing.assert_array_equal, found, expected[number])
-            (tmp_path / str(number)).rename(tmp_path / f"seen-{number}")
+            (folder / str(number)).rename(folder / f"seen-{number}")
             saved._checkpointer.reload()
 
 
@@ -93,35 +104,35 @@ def largest_file(folder):
 
 
 @pytest.mark.parametrize("harm", [truncate, flip_a_bit, Path.unlink])
-def test_a_damaged_one_is_said_and_the_one_before_serves(tmp_path, capsys, harm):
-    write(tmp_path, [1, 2, 3], keep=3)
+def test_a_damaged_one_is_said_and_the_one_before_serves(folder, capsys, harm):
+    write(folder, [1, 2, 3], keep=3)
     for step in ("2", "3"):
-        harm(largest_file(tmp_path / step))
-    found, counts = read(tmp_path, keep=3)
+        harm(largest_file(folder / step))
+    found, counts = read(folder, keep=3)
     jax.tree.map(np.testing.assert_array_equal, found, state(1))
     said = capsys.readouterr().err
     assert counts == {"corrupt image": 1} and said.count("\n") == 2
     for step in (2, 3):
-        assert f"{tmp_path}/{step} is damaged; put aside as {step}.damaged, trying the one before" in said
-    write(tmp_path, [2, 3], keep=2)  # what was damaged can be saved again, and does not count among those kept
-    assert steps_in(tmp_path) == [2, 3]
-    jax.tree.map(np.testing.assert_array_equal, read(tmp_path)[0], state(3))
+        assert f"{folder}/{step} is damaged; put aside as {step}.damaged, trying the one before" in said
+    write(folder, [2, 3], keep=2)  # what was damaged can be saved again, and does not count among those kept
+    assert steps_in(folder) == [2, 3]
+    jax.tree.map(np.testing.assert_array_equal, read(folder)[0], state(3))
 
 
-def test_a_save_that_was_cut_off_is_cleaned_away(tmp_path):
-    write(tmp_path, [1])
-    (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    jax.tree.map(np.testing.assert_array_equal, read(tmp_path)[0], state(1))
-    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+def test_a_save_that_was_cut_off_is_cleaned_away(folder):
+    write(folder, [1])
+    (folder / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    jax.tree.map(np.testing.assert_array_equal, read(folder)[0], state(1))
+    assert [path.name for path in folder.iterdir()] == ["1"]
 
 
-def test_the_best_are_kept_beside_the_newest(tmp_path):
+def test_the_best_are_kept_beside_the_newest(folder):
     losses = {1: 5.0, 2: 3.0, 3: 4.0, 5: 6.0}
-    write(tmp_path, range(1, 7), losses, keep=2, keep_best=2)
-    assert steps_in(tmp_path) == [2, 3, 5, 6]
+    write(folder, range(1, 7), losses, keep=2, keep_best=2)
+    assert steps_in(folder) == [2, 3, 5, 6]
 
 
-def test_the_loop_goes_on_while_a_save_is_under_way(tmp_path, monkeypatch):
+def test_the_loop_goes_on_while_a_save_is_under_way(folder, monkeypatch):
     """The disk stands still until the caller has gone on."""
     gone_on, rename = threading.Event(), os.rename
 
@@ -130,21 +141,95 @@ def test_the_loop_goes_on_while_a_save_is_under_way(tmp_path, monkeypatch):
         rename(*args, **options)
 
     monkeypatch.setattr(os, "rename", slow)
-    with training_checkpoints(tmp_path, CheckpointConfig()) as saved:
+    with training_checkpoints(folder.parent, CheckpointConfig()) as saved:
         saved.save(1, state(1), {})
         saved.check()
-        assert steps_in(tmp_path) == []  # not there yet, and we are here
+        assert steps_in(folder) == []  # not there yet, and we are here
         gone_on.set()
         saved.wait()
-        assert steps_in(tmp_path) == [1]
+        assert steps_in(folder) == [1]
 
 
-def test_a_full_disk_is_noticed_and_costs_nothing_that_was_saved(tmp_path, small_disk):
-    write(tmp_path, [1], keep=1)
-    with pytest.raises(InputError, match=f"cannot write {tmp_path}: no space left"):
+def test_a_full_disk_is_noticed_and_costs_nothing_that_was_saved(folder, small_disk):
+    write(folder, [1], keep=1)
+    with pytest.raises(InputError, match=f"cannot write {folder}: no space left"):
         with small_disk(2000):
-            write(tmp_path, [2], keep=1)
-    jax.tree.map(np.testing.assert_array_equal, read(tmp_path, keep=1)[0], state(1))
+            write(folder, [2], keep=1)
+    jax.tree.map(np.testing.assert_array_equal, read(folder, keep=1)[0], state(1))
+
+
+def test_an_error_of_the_disk_is_no_damage(folder, monkeypatch):
+    write(folder, [1, 2])
+
+    def fails(*args):
+        raise RuntimeError("cannot load") from OSError(errno.EIO, "Input/output error (NFS server not responding)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.training.Checkpointer, "load_checkpointables", fails)
+        with pytest.raises(InputError, match=f"cannot read the training checkpoint {folder}/2: .*Input/output error"):
+            read(folder)
+    assert steps_in(folder) == [1, 2]
+    jax.tree.map(np.testing.assert_array_equal, read(folder)[0], state(2))
+
+
+def test_a_disk_that_fails_within_tensorstore_is_no_damage(folder, monkeypatch):
+    """Whose error has words alone: it is asked for the files once more."""
+    write(folder, [1])
+    flip_a_bit(folder / "1" / "state" / "manifest.ocdbt")
+
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "sha256", fails)
+    with pytest.raises(InputError, match=f"cannot read the training checkpoint {folder}/1: .*Input/output error"):
+        read(folder)
+
+
+def test_a_state_of_other_arrays_is_refused_with_the_versions(folder, monkeypatch):
+    monkeypatch.setattr(training, "versions", lambda: {"pivotjax": "1", "optax": "0.1"})
+    write(folder, [1, 2])
+    monkeypatch.setattr(training, "versions", lambda: {"pivotjax": "1", "optax": "0.2"})
+    other = state(0)._replace(params={"w": jnp.zeros((3, 200)), "more": jnp.zeros(2)})
+    said = r"holds another state \(params/more: None, here float32\[2\]\), made with optax 0.1, here 0.2"
+    with training_checkpoints(folder.parent, CheckpointConfig()) as saved, pytest.raises(InputError, match=said):
+        saved.restore(other)
+    assert steps_in(folder) == [1, 2]
+
+
+def test_metadata_that_orbax_cannot_list_are_one_line(folder):
+    write(folder, [1, 2])
+    path = folder / "2" / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace("init_timestamp_nsecs", "init_timestamp_nsdcs"))
+    with pytest.raises(InputError, match=f"the training checkpoints in {folder} cannot be listed"):
+        read(folder)
+
+
+def test_where_all_are_damaged_nothing_begins_anew(folder):
+    write(folder, [1, 2])
+    for step in ("1", "2"):
+        flip_a_bit(largest_file(folder / step))
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"no whole training checkpoint is in {folder}, though"):
+            read(folder)
+    (folder.parent / "checkpoints.json").unlink()  # killed before it was written
+    with pytest.raises(InputError, match="no whole training checkpoint"):
+        read(folder)
+
+
+def test_checkpoints_that_are_out_of_reach(folder):
+    """A shared disk that is not mounted, a folder that is mistyped."""
+    write(folder, [1])
+    assert files.read_json(folder.parent / "checkpoints.json") == {"folder": str(folder), "step": 1}
+    with pytest.raises(InputError, match=r"no whole training checkpoint is in .*/other, though"):
+        read(folder, folder=str(folder.parent / "other"))
+    folder.rename(folder.parent / "other")
+    jax.tree.map(np.testing.assert_array_equal, read(folder, folder=str(folder.parent / "other"))[0], state(1))
+
+
+def test_a_bucket_without_its_client_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(InputError, match=r'gs://bucket/run needs gcsfs: pip install "pivotjax\[gcs\]"'):
+        read(tmp_path, folder="gs://bucket/run")
 
 
 def test_checksums_see_values_places_and_nothing_else():

@@ -16,6 +16,7 @@ from pivotjax.data.corpora import CorpusConfig, open_corpus
 from pivotjax.data.decode import BadSample
 from pivotjax.data.parts import Part
 from pivotjax.data.scenarios import folder as scenario_folder
+from pivotjax.data.sources import SOURCES, Source
 from pivotjax.errors import InputError
 from pivotjax.jobs import assemble, pretrain
 from pivotjax.jobs.assemble import DataConfig, Frozen
@@ -89,11 +90,70 @@ def test_a_corpus_in_its_splits(tmp_path, data, frozen):
         assemble.load_domain("web", replace(data, test=55), frozen, tmp_path / "cache")
 
 
+def test_online_a_picture_is_decoded_only_where_its_caption_fits(tmp_path, data, frozen):
+    everything = replace(data, features="online", calibration=0, test=0)
+    train = assemble.load_domain("web", everything, frozen, tmp_path).splits["train"]
+    for number in WORDY:
+        with pytest.raises(BadSample, match="caption too long"):
+            train[number]
+    assert train[0]["caption"] == "number 0"
+
+
 def test_what_is_not_trained_on_is_said(tmp_path, data, frozen, capsys):
     assemble.load_domain("web", data, frozen, tmp_path)
     assert "data.train" not in capsys.readouterr().err
     assemble.load_domain("web", replace(data, train=5), frozen, tmp_path)
     assert "web: 5 of 38 training samples (data.train)" in capsys.readouterr().err
+
+
+def test_what_is_held_out_and_lost_is_said(tmp_path, data, frozen, capsys):
+    """Every sample is held out but one: 3 of them are corrupt and 2 have captions that are too long."""
+    domain = assemble.load_domain("web", replace(data, calibration=30, test=29, split_seed=1), frozen, tmp_path)
+    said = capsys.readouterr().err
+    for split, count in (("calibration", 30), ("test", 29)):
+        lost = count - len(domain.splits[split])
+        assert f"web-{split}: {lost} of {count} samples left out (" in said
+    lost = 59 - len(domain.splits["calibration"]) - len(domain.splits["test"])
+    assert lost == sum(domain.dropped.values()) >= 4 and set(domain.dropped) == {"corrupt image", "caption too long"}
+
+
+def test_nothing_left_of_what_is_held_out(tmp_path, data, frozen):
+    short = replace(frozen, captioner=replace(frozen.captioner, max_caption=1))
+    with pytest.raises(InputError, match=r"domain web has no calibration samples .* of 10 \(.*too long\); raise"):
+        assemble.load_domain("web", data, short, tmp_path)
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_splits_that_nobody_asks_for(tmp_path, data, frozen, make_items, monkeypatch, large):
+    """They are left out, and said where something needs them."""
+    monkeypatch.setitem(SOURCES, "greys", Source("greys", (), "none", "none", lambda files: make_items(40)))
+    name = "web" if large else "greys"
+    asked = replace(data if large else DataConfig(("greys",)), calibration=0, test=0)
+    domain = assemble.load_domain(name, asked, frozen, tmp_path)
+    assert set(domain.splits) == {"train"}
+    batches(asked, frozen, {name: domain}, 1)
+    with pytest.raises(InputError, match=rf"domain {name} has no test samples; give it some \(data\.test\)"):
+        assemble.feed({name: [name]}, {name: domain}, asked, frozen, 8, 0, "test")
+
+
+def test_what_comes_after_training_is_asked_for_before(tmp_path, data, frozen, monkeypatch):
+    config = PretrainConfig(tmp_path / "out", data=replace(data, test=0), cache=tmp_path)
+    monkeypatch.setattr(assemble.assets, "fetch", lambda *args: None)
+    monkeypatch.setattr(assemble, "load_frozen", lambda *args: frozen)
+    monkeypatch.setattr(pretrain, "initial_projector", lambda *args: pytest.fail("training began"))
+    with pytest.raises(InputError, match="domain web has no test samples"):
+        pretrain._trained(config, ("calibration", "test"))
+
+
+def test_weights_are_those_of_domains_that_are_mixed():
+    names, weights = ("a", "b"), DataConfig(weights={"a": 3.0, "b": 1.0})
+    assemble.check_weights(weights, names, joint=True)
+    assemble.check_weights(DataConfig(), names, joint=False)
+    for wrong in ((names, False), (("a",), True)):
+        with pytest.raises(InputError, match="none are mixed; add --joint"):
+            assemble.check_weights(weights, *wrong)
+    with pytest.raises(InputError, match=r"data\.weights has a, b, the domains are a, c"):
+        assemble.check_weights(weights, ("a", "c"), joint=True)
 
 
 def test_what_is_encoded_is_not_read_again(tmp_path, data, frozen, monkeypatch):

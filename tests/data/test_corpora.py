@@ -7,8 +7,10 @@ import os
 import pickle
 import sys
 import tarfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry as registered
 
 from pivotjax.cli import run
-from pivotjax.data.corpora import FORMATS, CorpusConfig, arrayrecord, open_corpus
+from pivotjax.data.corpora import FORMATS, Corpus, CorpusConfig, arrayrecord, open_corpus
+from pivotjax.data.corpora.opened import Opened
 from pivotjax.data.decode import BadSample, decode
+from pivotjax.data.parts import split
 from pivotjax.errors import InputError
 
 
@@ -142,6 +146,19 @@ def test_ways_to_name_the_shards(tmp_path, path):
     assert [corpus[i].key for i in (0, 4, 11)] == ["00000/000000000", "00001/000000004", "00002/000000011"]
 
 
+@pytest.mark.parametrize("name", ["webdataset", "arrayrecord", "parquet"])
+def test_a_list_of_absolute_and_relative_paths(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    whole = WRITERS[name](tmp_path / "data", pictures())
+    first, *others = sorted(path.name for path in (tmp_path / "data").iterdir())
+    (tmp_path / "list.txt").write_text("\n".join([f"{tmp_path}/data/{first}", *(f"data/{other}" for other in others)]))
+    listed = replace(whole, path="list.txt")
+    assert open_corpus(listed, tmp_path / "cache").identity == open_corpus(whole, tmp_path / "cache").identity
+    (tmp_path / "list.txt").write_text(f"data/{first}\ngs://bucket/{others[0]}")
+    with pytest.raises(InputError, match=r"list\.txt names files of a bucket and of a disk"):
+        open_corpus(listed, tmp_path / "cache")
+
+
 class Bucket(MemoryFileSystem):
     """A bucket in memory, by the names that gcsfs has for its files."""
 
@@ -214,6 +231,44 @@ def test_row_groups_are_read_once_while_they_are_kept(tmp_path, monkeypatch):
     assert len(read) == 12  # two columns of six row groups
 
 
+def test_a_part_reads_each_row_group_once(tmp_path, monkeypatch):
+    from pivotjax.data.corpora import parquet as module
+
+    corpus = open_corpus(parquet(tmp_path / "data", pictures()), tmp_path / "cache")
+    corpus.groups._most = corpus.captions._most = 1
+    read, real = [], module._File.column
+    monkeypatch.setattr(module._File, "column", lambda self, *what: read.append(what) or real(self, *what))
+    train = split("x", corpus, {"train": None, "calibration": 1, "test": 1}, seed=0)["train"]
+    assert len({train[i].key for i in range(len(train))}) == 10
+    assert len(read) == 12
+
+
+def test_threads_that_ask_for_one_thing_open_it_once():
+    tried, together = [], threading.Barrier(8)
+
+    def load(key):
+        tried.append(key)
+        time.sleep(0.05)
+        if len(tried) == 1:
+            raise OSError("away")
+        return object()
+
+    def get(_):
+        together.wait()
+        try:
+            return opened.get("x")
+        except OSError as error:
+            return str(error)
+
+    opened = Opened(load, 2)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(get, range(8))) == ["away"] * 8 and len(tried) == 1
+        assert len(set(pool.map(get, range(8)))) == 1 and len(tried) == 2  # an error is not kept
+    kept = opened.get("x")
+    assert opened.get("y") is not kept and opened.get("x") is kept and opened.get("z") and opened.get("x") is kept
+    assert tried == ["x", "x", "y", "z"]
+
+
 def test_large_row_groups_are_said(tmp_path, capsys, monkeypatch):
     from pivotjax.data.corpora import parquet as module
 
@@ -255,6 +310,43 @@ def test_a_file_of_which_no_sample_can_be_read_is_not_written(tmp_path):
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["00000.arrayrecord", "00002.arrayrecord"]
     copy = open_corpus(CorpusConfig("arrayrecord", str(tmp_path / "out")), tmp_path / "cache")
     assert copy.lost == {} and [copy[i].image for i in range(8)] == [s.image for s in samples[:4] + samples[8:]]
+
+
+@dataclass
+class Watched:
+    """A corpus that notes what is read, and is interrupted at one of its samples."""
+
+    corpus: Corpus
+    stop: int
+    read: list[int] = field(default_factory=list)
+
+    def __getattr__(self, name):
+        return getattr(self.corpus, name)
+
+    def __len__(self):
+        return len(self.corpus)
+
+    def __getitem__(self, index):
+        if index == self.stop:
+            raise KeyboardInterrupt
+        self.read.append(index)
+        return self.corpus[index]
+
+
+def test_an_interrupted_copy_goes_on_after_its_last_file(tmp_path):
+    samples = pictures()
+    samples[1] = samples[1]._replace(caption=" ")
+    corpus = open_corpus(webdataset(tmp_path / "data", samples), tmp_path / "cache")
+    arrayrecord.write(tmp_path / "whole", corpus, records_per_file=4)
+    with pytest.raises(KeyboardInterrupt):
+        arrayrecord.write(tmp_path / "out", Watched(corpus, 9), records_per_file=4)
+    assert not (tmp_path / "out").exists()
+    again = Watched(corpus, -1)
+    assert arrayrecord.write(tmp_path / "out", again, records_per_file=4) == {"empty caption": 1}
+    assert again.read == [8, 9, 10, 11]
+    written = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert written == {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    assert not list(tmp_path.glob("*unfinished*"))
 
 
 def test_tfds_needs_no_tensorflow(tmp_path):

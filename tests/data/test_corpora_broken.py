@@ -29,6 +29,8 @@ from pivotjax.data.corpora import CorpusConfig, open_corpus
 from pivotjax.data.corpora import arrayrecord as records
 from pivotjax.data.decode import REASONS, BadSample, decode_noted
 from pivotjax.errors import InputError
+from pivotjax.jobs import prepare
+from pivotjax.jobs.prepare import PrepareConfig
 
 
 def reasons(corpus) -> list[str]:
@@ -184,7 +186,9 @@ def test_a_shard_that_vanishes_after_it_was_indexed_keeps_its_place(tmp_path, ca
     corpus = open_corpus(config, tmp_path / "cache")
     assert reasons(corpus) == ["whole"] * 4 + ["unreadable shard"] * 4 + ["whole"] * 4
     assert corpus.identity == before.identity and corpus.lost == {"unreadable shard": 1}
-    assert "it cannot be read now" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"1 shards of {config.path} cannot be read now, their samples count as bad; " in said
+    assert "00001.tar: No such file or directory (4 samples)" in said and "lost their ends" not in said
 
 
 @pytest.mark.parametrize("name", ["webdataset", "parquet", "arrayrecord"])
@@ -243,6 +247,23 @@ def test_a_corpus_of_bad_samples_only_is_not_prepared(tmp_path, write):
     with pytest.raises(InputError, match=r"no sample of the corpus can be read \(3 empty caption\)"):
         write(tmp_path / "out", open_corpus(config, tmp_path / "cache"))
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("into", ["arrayrecord", "tfds"])
+def test_a_copy_of_a_corpus_whose_disk_is_away_is_not_made(tmp_path, capsys, into):
+    config = webdataset(tmp_path / "data", pictures(60))
+    open_corpus(config, tmp_path / "cache")
+    for name in ("00001.tar", "00002.tar"):
+        (tmp_path / "data" / name).unlink()
+        (tmp_path / "data" / name).symlink_to("nowhere")
+    wanted = PrepareConfig(config, tmp_path / "out", into, cache=tmp_path / "cache")
+    told = r"over 5% of the samples 0 to 59 cannot be read \(23 unreadable shard\).*raise bad_limit"
+    with pytest.raises(InputError, match=told):
+        prepare.run(wanted)
+    assert not [path for path in tmp_path.glob("out*/**/*") if path.is_file()]
+    folder = prepare.run(replace(wanted, bad_limit=1.0))
+    assert "40 of 60 samples left out: 40 unreadable shard" in capsys.readouterr().err
+    assert len(open_corpus(CorpusConfig(into, str(folder)), tmp_path / "cache")) == 20
 
 
 def test_a_damaged_parquet_file(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from corpus_files import encoded, noise, png_that_says
 from PIL import Image
 
+from pivotjax.data import decode as decoding
 from pivotjax.data.decode import MOST_PIXELS, BadSample, decode, decode_noted
 from pivotjax.data.images import render
 from pivotjax.data.sources.base import Item
@@ -144,6 +145,12 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
 def test_an_empty_caption(caption):
     with pytest.raises(BadSample, match="empty caption"):
         decode(item(WHOLE, caption), 32)
+
+
+def test_pillow_knows_every_format():
+    """One that it does not know would make `Image.open` refuse pictures of others."""
+    Image.init()
+    assert set(decoding._FORMATS) <= set(Image.OPEN)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "ICO"])

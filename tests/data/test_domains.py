@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pivotjax.data.concepts import normalise
-from pivotjax.data.domains import SPLITS, select, split_of
+from pivotjax.data.domains import SPLITS, check_names, select, split_of
 from pivotjax.data.sources import source
 from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
+from pivotjax.training.metrics import Meter, Work
 
 
 def things(n: int) -> list[Item]:
@@ -90,6 +91,15 @@ def test_a_domain_without_items_is_refused():
     with pytest.raises(InputError, match="domain things has no train items"):
         select("things", [], train=10, calibration=10, test=10, seed=0)
     assert select("things", [], train=0, calibration=0, test=0, seed=0)["train"] == []
+
+
+def test_a_run_uses_no_name_that_a_domain_may_have():
+    """All columns of metrics.jsonl and held_out.jsonl but the domains' own."""
+    columns = {*Meter(Work(), None, None, lambda: 0.0).row(), "step", "learning_rate", "bad", "mean"}
+    for name in (*columns, "w0", "W0", "", "a/b", "..", ".hidden", "two words"):
+        with pytest.raises(InputError, match="cannot name a domain"):
+            check_names(["animals", name])
+    check_names(["animals", "cluster0", "web-2.0", "été", "joint"])
 
 
 def test_unknown_domain_names_the_nearest():

@@ -4,7 +4,10 @@ import os
 import pickle
 import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -203,12 +206,19 @@ def test_a_shard_of_bad_samples_alone(tmp_path, encoder, make_items, number):
     assert [stored.usable().key(i) for i in range(16)] == [f"greys/{i}" for i in range(24) if i not in bad]
 
 
-@pytest.mark.parametrize("count, fails", [(300, range(220, 300)), (12, range(12))])
-def test_a_disk_that_fails_for_a_while_leaves_no_trace(tmp_path, encoder, make_items, count, fails):
+@pytest.mark.parametrize(
+    "count, fails, what",
+    [
+        (300, range(220, 300), "300 samples of greys"),
+        (12, range(12), "12 samples of greys"),
+        (1000, range(940, 1000), "the samples 900 to 999 of greys"),  # 6 % of all are no outage, 60 of a shard are
+    ],
+)
+def test_a_disk_that_fails_for_a_while_leaves_no_trace(tmp_path, encoder, make_items, count, fails, what):
     """Samples that cannot be read now are not written down as bad for ever."""
     corpus, options = Corpus(tuple(make_items(count)), {}), {"shard": 100, "batch": 50}
     away = dict.fromkeys(fails, "unreadable shard")
-    told = rf"{len(fails)} of {count} samples of greys are bad \({len(fails)} unreadable shard\)"
+    told = rf"{len(fails)} of {what} are bad \({len(fails)} unreadable shard\)"
     with pytest.raises(InputError, match=told):
         shards(Corpus(corpus.items, away), encoder, tmp_path, **options)
     assert len(list(tmp_path.rglob("*.*"))) == 2 * (fails.start // 100)  # the shards before, with what is told of them
@@ -259,6 +269,69 @@ def test_an_interrupted_cache_goes_on_at_its_shard(tmp_path, encoder, corpus, mo
     assert all((path / file).read_bytes() == (whole / file).read_bytes() for file in files)
     shards(corpus, encoder, tmp_path / "again")
     assert len(encoder.params["calls"]) - made == 4
+
+
+def test_the_next_batch_runs_while_one_is_fetched(tmp_path, encoder, make_items, monkeypatch):
+    log, sound = [], vision.encode
+
+    class Running:
+        def __init__(self, features):
+            self.features = features
+            log.append("dispatched")
+
+        def __array__(self, *args, **kwargs):
+            log.append("fetched")
+            return self.features
+
+    monkeypatch.setattr(vision, "encode", lambda *args: Running(sound(*args)))
+    stored = FeatureSource(build("greys", make_items(11), encoder, tmp_path, batch=4), "greys")
+    assert log == ["dispatched", "dispatched", "fetched", "dispatched", "fetched", "fetched"]
+    assert [stored.key(i) for i in range(11)] == [f"greys/{i}" for i in range(11)]
+
+
+FOUR_DEVICES = """
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from test_features import Corpus
+
+from pivotjax.data.features import build_shards
+from pivotjax.data.sources.base import Item
+from pivotjax.models import vision
+
+means = jax.jit(lambda scale, images: scale * images.reshape(len(images), 4, -1, 3).mean(2))
+
+
+def encode(encoder, images):
+    scale = encoder.params["scale"]
+    print(len(images), len(images.sharding.device_set), images.is_fully_replicated, len(scale.sharding.device_set))
+    return means(scale, images)
+
+
+vision.encode = encode
+items = tuple(Item(f"greys/{n}", "", f"number {n}", b"", "picture") for n in range(23))
+encoder = vision.Encoder("means", None, {"scale": jnp.float32(1 / 255)}, 16, 4, 3, "identity")
+grey = lambda item, size: np.full((size, size, 3), int(item.key[6:]), np.uint8)
+print(build_shards("greys", Corpus(items, {7: "corrupt image"}), encoder, Path(sys.argv[1]), grey, batch=2, shard=20))
+"""
+
+
+def test_all_devices_of_a_host_share_a_batch(tmp_path):
+    """Batches of 2 on each of four; the last ones of a shard are filled up. What is stored is what one would give."""
+    here = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": here}
+    command = [sys.executable, "-c", FOUR_DEVICES, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    *batches, path = done.stdout.splitlines()
+    assert batches == ["8 4 False 4"] * 4
+    stored = ShardedFeatures(Path(path), "greys")
+    assert len(stored) == 23 and stored.dropped() == {"corrupt image": 1}
+    for i in set(range(23)) - {7}:
+        assert stored.key(i) == f"greys/{i}"
+        np.testing.assert_allclose(stored[i]["features"], i / 255, atol=5e-5)  # float16 below .1
 
 
 def test_processes_share_the_shards(tmp_path, encoder, corpus, monkeypatch):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from greys import Greys
 
-from pivotjax.data.decode import BadSample, too_many
+from pivotjax.data.decode import BadSample, Decoded, too_many
 from pivotjax.data.features import FeatureSource, build
 from pivotjax.data.pictures import Pictures
-from pivotjax.data.pipeline import COUNTED, Feed, Share
+from pivotjax.data.pipeline import COUNTED, Batches, Feed, Share
 from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
 from pivotjax.models.vlm import IMAGE_TOKEN
@@ -230,12 +230,65 @@ def test_too_many_bad_samples_end_the_run_with_a_line(captioner):
 
 def test_chance_stops_no_run(captioner):
     """Eleven of the first 211 samples are bad: over 5 %, but not for certain. Corpora of 4 % bad samples pass at every
-    length in 500 processes; where all is bad, 200 samples are enough."""
+    length in 500 processes; where all is bad, 23 samples are enough."""
     spotted = Greys("some", 200, bad=frozenset(range(11)))
     assert len(take(Feed({"a": [spotted]}, captioner, 50, seed=0), 8)) == 8
     draws = np.cumsum(np.random.default_rng(0).random((500, 5000)) < 0.04, axis=1)
     assert not any(too_many(draws[:, n - 1].max(), n, 0.05) for n in range(200, 5001, 16))
-    assert too_many(200, 200, 0.05) and not too_many(199, 199, 0.05)
+    assert too_many(23, 23, 0.05) and not too_many(22, 22, 0.05)
+
+
+class Counts:
+    """Batches of 64 samples of which only the number of bad ones is made up."""
+
+    def __init__(self, bad: list[int]):
+        self.bad = iter(bad)
+
+    def __next__(self) -> dict:
+        counts = np.zeros(len(COUNTED), np.int64)
+        counts[COUNTED.index("unreadable shard")] = next(self.bad)
+        return {"ids": np.zeros((1, 64, 1), np.int64), "bad": counts}
+
+    def close(self) -> None:
+        self.bad = iter(())
+
+
+def test_an_outage_late_in_a_run_ends_it():
+    """After 64,000 good samples a quarter cannot be read: 5 % of all would be 3,200 of them."""
+    batches = Batches(Counts([0] * 1000 + [21] * 200), 0.05)
+    with pytest.raises(InputError, match=r"of the last \d+ samples read are bad \(\d+ unreadable shard\)"):
+        list(batches)
+    assert batches.counts.sum() < 2 * 320
+    steady = np.random.default_rng(0).binomial(64, 0.045, 3000)
+    assert len(list(Batches(Counts(steady.tolist()), 0.05))) == 3000
+
+
+def test_no_picture_is_decoded_for_a_caption_that_is_too_long(captioner, capsys):
+    """The same batches, and a line where most captions are too long."""
+
+    class Corpus(list):
+        def __getitem__(self, index):
+            caption = "a " * (1 if index % 4 == 0 else 9) + str(index)
+            return Item(f"x/{index}", "", caption, b"", "picture")
+
+        def caption(self, index):
+            return self[index].caption
+
+    def decode(item, size):
+        decoded.append(item.key)
+        return Decoded(np.full((size, size, 3), int(item.key[2:]), np.uint8), False)
+
+    found = []
+    for fits in (captioner.fits, None):
+        decoded = []
+        batches = take(Feed({"a": [Pictures(Corpus(range(99)), "x", 4, decode, fits)]}, captioner, 50, seed=0), 4)
+        found.append((batches, len(decoded)))
+    (asked, few), (unasked, many) = found
+    assert all(same(*pair) for pair in zip(asked, unasked, strict=True))
+    assert many > 2 * few
+    assert "captions are longer than data.max_caption and left out" in capsys.readouterr().err
+    take(Feed({"a": [MANY]}, captioner, 50, seed=0), 12)
+    assert capsys.readouterr().err == ""
 
 
 def test_names_need_no_picture(captioner):

@@ -54,7 +54,7 @@ def grouped(items, folder, config=None):
     config = config or DuplicatesConfig()
     pool = Pool({"listed": Listed(items)})
     stored = columns.scan(pool, duplicates.columns(config), folder)
-    good = stored["reasons"].map() == columns.GOOD
+    good = columns.reasons(stored) == columns.GOOD
     groups = duplicates.groups(stored, good, config)
     return groups, splits.by_group(groups, stored["keys"].map(), HALVES, seed=3)
 

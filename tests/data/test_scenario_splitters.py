@@ -43,7 +43,7 @@ def request_for(pool, tmp_path_factory):
 
     def make(config: DomainsConfig, seed: int = 0) -> Request:
         stored = columns.scan(pool, [COLOURS, *SPLITTERS[config.by].columns(config.options)], folder)
-        good = stored["reasons"].map() == columns.GOOD
+        good = columns.reasons(stored) == columns.GOOD
         return Request(pool, stored, stored["keys"].map(), good, config.count, seed, config.clustering)
 
     return make

@@ -46,9 +46,9 @@ def test_columns_hold_a_row_a_sample(pool, tmp_path, monkeypatch):
     stored = columns.scan(pool, [LENGTHS, MEANS], tmp_path)
     from pivotjax.data.decode import decode
 
-    good = stored["reasons"].map() == columns.GOOD
+    good = columns.reasons(stored) == columns.GOOD
     assert good.tolist() == [i % 50 % 9 != 0 for i in range(150)]
-    assert columns.bad(stored["reasons"].map()) == {"corrupt image": 18}
+    assert columns.bad(columns.reasons(stored)) == {"corrupt image": 18}
     assert stored["keys"].map().tolist() == [hashing.of_text(pool.corpora[t][i].key) for t in THEMES for i in range(50)]
     assert stored["lengths"].map().tolist() == [len(pool.caption(i)) for i in range(150)]
     order = np.random.default_rng(0).permutation(150)
@@ -70,7 +70,7 @@ def test_columns_are_computed_once_and_a_pass_goes_on(pool, tmp_path, monkeypatc
     column = Simple("lengths", lengths)
     with pytest.raises(KeyboardInterrupt):
         columns.scan(pool, [column], tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("lengths*/*")) == ["0.npy"]
+    assert sorted(path.name for path in tmp_path.glob("lengths*/*")) == ["0.npy", "0.reasons.npy"]
     stored = columns.scan(pool, [column], tmp_path)
     assert len(seen) == 4 + 3  # two batches of the second block, one of the third
     assert stored["lengths"].map().tolist() == [len(pool.caption(i)) for i in range(150)]
@@ -82,7 +82,7 @@ def test_columns_are_computed_once_and_a_pass_goes_on(pool, tmp_path, monkeypatc
 
 def test_bad_samples_without_a_look_at_pictures(tmp_path):
     stored = columns.scan(Pool({"x": Drawn("food", 13), "y": Drawn("food", 20, bad=2)}), [LENGTHS], tmp_path)
-    assert columns.bad(stored["reasons"].map()) == {"unreadable shard": 13}
+    assert columns.bad(columns.reasons(stored)) == {"unreadable shard": 13}
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,37 @@ def test_a_disk_that_was_away_is_not_remembered_as_bad_samples(tmp_path, monkeyp
     monkeypatch.setattr(columns, "BLOCK", 256)
     away = Pool({"food": Away("food", 600, gone=range(300, 330))})
     few = columns.scan(away, [LENGTHS], tmp_path / "few", bad_limit=0.1)
-    assert columns.bad(few["reasons"].map()) == {"unreadable shard": 30}
+    assert columns.bad(columns.reasons(few)) == {"unreadable shard": 30}
     with pytest.raises(InputError, match=r"over 5% of the samples 256 to 511 .* \(30 unreadable shard\)") as caught:
         columns.scan(away, [LENGTHS], tmp_path / "kept", bad_limit=0.05)
     assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in tmp_path.glob("kept/*/*")) == ["0.npy"] * 3
+    assert sorted(path.name for path in tmp_path.glob("kept/*/[0-9].npy")) == ["0.npy"] * 2
     stored = columns.scan(Pool({"food": Away("food", 600)}), [LENGTHS], tmp_path / "kept", bad_limit=0.05)
-    assert columns.bad(stored["reasons"].map()) == {}
+    assert columns.bad(columns.reasons(stored)) == {}
+
+
+@pytest.mark.parametrize("passes", [([LENGTHS], [MEANS]), ([MEANS], [LENGTHS])])
+def test_a_sample_is_good_where_it_was_good_in_every_pass(tmp_path, passes):
+    """Some could not be read when one column was computed: their rows of it say nothing, whatever the other says."""
+    away, back = (Pool({"food": Away("food", 40, gone=range(*gone))}) for gone in ((7, 10), (0,)))
+    first, second = passes
+    columns.scan(away, first, tmp_path)
+    stored = columns.scan(back, [*first, *second], tmp_path)
+    assert np.flatnonzero(columns.reasons(stored) != columns.GOOD).tolist() == [7, 8, 9]
+    late = Pool({"food": Away("food", 40, gone=range(20, 22))})
+    stored = columns.scan(late, [*first, *second, Simple("more", LENGTHS.of)], tmp_path)
+    assert np.flatnonzero(columns.reasons(stored) != columns.GOOD).tolist() == [7, 8, 9, 20, 21]
+
+
+def test_what_a_caption_says_does_not_depend_on_pictures(tmp_path, monkeypatch):
+    """Two of the pictures are broken: only where pictures count; and captions alone need no picture decoded."""
+    pool = Pool({"food": Drawn("food", 40, bad=20)})
+    columns.scan(pool, [LENGTHS, MEANS], tmp_path)
+    assert columns.bad(columns.reasons(columns.scan(pool, [LENGTHS], tmp_path))) == {}
+    monkeypatch.setattr(columns, "decode", None)
+    stored = columns.scan(pool, [MEANS, Simple("more", LENGTHS.of)], tmp_path)
+    assert columns.bad(columns.reasons(stored)) == {"corrupt image": 2}
+    np.testing.assert_array_equal(stored["more"].map(), [len(pool.caption(i)) for i in range(40)])
 
 
 def test_what_cannot_be_read_any_more_at_the_end_is_passed_over(pool):

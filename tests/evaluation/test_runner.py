@@ -1,6 +1,7 @@
 """Packed scoring against every candidate scored alone; control, duplicates, diverged projectors, bad input."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,20 @@ def test_one_compilation_serves_all_domains_and_projectors(language, captioner, 
     assert runner._edges._cache_size() == 1
     runner.evaluate(language, language.params, projector.stack([_one(projectors, p) for p in (2, 1)]), tests, captioner)
     assert runner._edges._cache_size() == 1
+
+
+def test_a_projector_meets_the_images_of_one_call_alone(language, captioner, projectors, tests, monkeypatch):
+    """All test images of a large run at once would be more than a device holds."""
+    seen, apply = [], projector.apply
+    monkeypatch.setattr(runner, "_SLOTS_A_CALL", 128)  # one row
+    monkeypatch.setattr(projector, "apply", lambda params, x: (seen.append(x.shape[:-1]), apply(params, x))[1])
+    runner._edges.clear_cache()
+    got = runner.evaluate(language, language.params, projectors, tests, captioner)["free"]
+    everything = VISUAL * sum(len(test.features) for test in tests.values())
+    assert seen and max(map(math.prod, seen)) < everything
+    monkeypatch.undo()
+    plain = runner.evaluate(language, language.params, projectors, tests, captioner)["free"]
+    np.testing.assert_allclose(got.nll, plain.nll, atol=1e-5)
 
 
 def test_every_token_is_computed_once_with_little_padding():

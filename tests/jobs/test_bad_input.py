@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from safetensors.numpy import save_file
 from tiny_projectors import tiny
@@ -274,18 +275,33 @@ def test_no_network_on_first_run(command, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.assets
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("data", "said"),
     [
-        (("--data.train", 0), "shapes-train has no items to encode"),
-        (("--data.max-caption", 1), "fits data.max_caption = 1 tokens"),
+        ({"domains": []}, "training needs different domains, not none; see data.domains"),
+        ({"domains": ["icons", "icons"]}, "training needs different domains, not icons, icons"),
+        ({"weights": {"emoji": 3.0, "icons": 1.0}}, "data.weights mixes domains of a joint projector"),
+        ({"corpora": {"mfu": {"format": "parquet", "path": "x"}}}, "'mfu' cannot name a domain: a run's own output"),
+        ({"corpora": {"W0": {"format": "parquet", "path": "x"}}}, "'W0' cannot name a domain: a run's own output"),
+        ({"corpora": {"../x": {"format": "parquet", "path": "x"}}}, "'../x' cannot name a domain; use letters"),
+        ({"train": 0}, "train must be at least 1, or null for all, not 0"),
     ],
 )
-def test_empty_dataset(command, assets, tmp_path, override, said):
+def test_domains_that_cannot_be_trained_on(refused, tmp_path, data, said):
+    """Before anything is fetched."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"data": data, "cache": str(tmp_path / "cache")}))
+    assert said in refused("pretrain", recipe, "--out", tmp_path / "out")
+    assert not list((tmp_path / "cache").rglob("*.whl"))
+
+
+@pytest.mark.assets
+def test_empty_dataset(command, assets, tmp_path):
     assets("smollm2-135m", "efficientnet-lite0", "easy-vqa")
-    ended = command(*PRETRAIN, "--data.domains", "shapes", *override, "--out", tmp_path / "out")
-    assert ended.status == 2 and said in ended.err.splitlines()[-1] and "Traceback" not in ended.err
+    data = ("--data.domains", "shapes", "--data.max-caption", 1)
+    ended = command(*PRETRAIN, *data, "--out", tmp_path / "out")
+    assert ended.status == 2 and "fits data.max_caption = 1 tokens" in ended.err.splitlines()[-1]
+    assert "Traceback" not in ended.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yaml"]
 
 

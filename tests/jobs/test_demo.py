@@ -48,7 +48,7 @@ def report(runs):
 def test_killed_it_leaves_no_half_of_anything(runs):
     _, killed, left, _, _ = runs
     assert killed.status == 143 and "Traceback" not in killed.err, killed.err
-    assert left == ["config.yaml", "metrics.jsonl", "training"]
+    assert left == ["checkpoints.json", "config.yaml", "metrics.jsonl", "training"]
 
 
 def test_started_again_it_goes_on_and_finishes(runs):

@@ -1,4 +1,4 @@
-"""`pivotjax pipeline` on one device, on 8, and on 2 processes of 2 devices: the same projectors, merges and numbers."""
+"""`pivotjax pipeline` on one device, on 8, and on 2 processes: the same projectors, merges and numbers."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from tiny_world import llava_corpus, make_language, make_tower
 
 from pivotjax.checkpoints import store
 from pivotjax.errors import InputError
+from pivotjax.jobs.assemble import DataConfig
 from pivotjax.jobs.pipeline import PipelineConfig
 from pivotjax.merging import merge
 
@@ -18,11 +19,14 @@ RUNS = {  # processes, devices of each, mesh
     "one": (1, 1, {}),
     "eight": (1, 8, {"expert": 2, "data": 2, "fsdp": 2}),
     "two": (2, 2, {"expert": 2, "data": 2}),
+    "cut": (2, 1, {"fsdp": 2}),  # the frozen weights lie in two processes
 }
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile, not to run
 MERGES = {
     "ties": {"method": "ties", "density": 0.3},
     "pivot": {"method": "pivot"},
     "regmean": {"method": "regmean", "calibrated": True},
+    "fisher": {"method": "fisher", "calibrated": True},
 }
 
 
@@ -48,7 +52,8 @@ def world(tmp_path_factory):
 def start(world, name):
     """Runs the command in all its processes."""
     count, devices, mesh = RUNS[name]
-    env = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
+    env = environment(XLA_FLAGS=flags, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
     command = [*COMMAND, "pipeline", world / "recipe.yaml", "--out", world / name]
     command += [word for axis, size in mesh.items() for word in (f"--mesh.{axis}", size)]
     return on_hosts(count, command, env)
@@ -69,7 +74,7 @@ def flat(params):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["eight", "two"])
+@pytest.mark.parametrize("name", ["eight", "two", "cut"])
 def test_any_devices_give_the_same_projectors_and_numbers(world, said, name):
     here, there = projectors(world / "one"), projectors(world / name)
     for what in here:
@@ -97,7 +102,8 @@ def test_a_merge_on_devices_is_the_merge_of_what_was_saved(world, said):
 
 @pytest.mark.slow
 def test_only_the_first_process_speaks_and_everything_is_written(world, said):
-    assert "merging: pivot" in said["two"][0] and "merging" not in said["two"][1]
+    for name in ("two", "cut"):
+        assert "merging: pivot" in said[name][0] and "merging" not in said[name][1]
     for name in RUNS:
         held = {str(path.relative_to(world / name)) for path in (world / name).rglob("*") if path.is_file()}
         assert {"report.html", "report.json", "export/mm_projector.safetensors", "metrics.jsonl"} <= held
@@ -119,3 +125,14 @@ def test_what_cannot_be_merged_is_refused():
         PipelineConfig(Path("x"), merges={"pivot": {"method": "regmean"}})
     with pytest.raises(InputError, match="export"):
         PipelineConfig(Path("x"), export="mean")
+    with pytest.raises(InputError, match="did you mean outlines"):
+        PipelineConfig(Path("x"), unseen=("outlinez",))
+    with pytest.raises(InputError, match="emojy"):
+        PipelineConfig(Path("x"), merges={"pivot": {"method": "task_arithmetic", "weights": {"emojy": 1, "icons": 2}}})
+    with pytest.raises(InputError, match="no option 'name'"):
+        PipelineConfig(Path("x"), merges={"pivot": {"method": "ties", "name": "x"}})
+    for name in ("w0", "expert:left", "a/b", "..", ""):
+        with pytest.raises(InputError, match="cannot be a merge's name"):
+            PipelineConfig(Path("x"), merges={name: {"method": "pivot"}}, export=name)
+    with pytest.raises(InputError, match="one domain only"):
+        PipelineConfig(Path("x"), data=DataConfig(domains=("icons",)))

@@ -48,7 +48,13 @@ def test_interrupted_and_started_again_it_gives_the_same_bits(runs):
 
 def test_what_it_leaves(runs):
     folder = runs[0] / "whole"
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.jsonl", "projectors", "training"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "projectors",
+        "training",
+    ]
     assert yaml.safe_load((folder / "config.yaml").read_text())["training"]["steps"] == 5
     w0, shapes = (store.load_projector(folder / "projectors" / name) for name in ("w0", "shapes"))
     assert shapes.info["init_id"] == w0.info["fingerprint"] == projector.fingerprint(w0.params)

@@ -45,7 +45,7 @@ def recipe(tmp_path_factory):
 
 def test_two_processes_give_the_projectors_of_one(recipe, tmp_path):
     pretrain.main([str(recipe), "--out", str(tmp_path / "one")])
-    said = on_hosts(2, [*COMMAND, "pretrain", recipe, "--out", tmp_path / "two", "--mesh.data", 2])
+    said = on_hosts(2, [*COMMAND, "pretrain", recipe, "--out", tmp_path / "two"])
     assert f"projectors: {tmp_path}/two/projectors" in said[0] and "projectors" not in said[1]
     for name in ("w0", "plain", "simple"):
         one, two = (store.load_projector(tmp_path / out / "projectors" / name) for out in ("one", "two"))
@@ -58,4 +58,4 @@ def test_two_processes_give_the_projectors_of_one(recipe, tmp_path):
         curves = [[row[name]["loss"] for row in rows for name in ("plain", "simple")] for rows in (one, two)]
         np.testing.assert_allclose(*curves, rtol=1e-5)
     names = {path.name for path in (tmp_path / "two").iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "held_out.jsonl", "projectors", "training"}
+    assert names == {"config.yaml", "metrics.jsonl", "held_out.jsonl", "checkpoints.json", "projectors", "training"}

@@ -118,7 +118,7 @@ def test_a_corpus_that_changed(recipe, done, refused, tmp_path, monkeypatch):
         (["--splits.train", "0.9"], "must sum to 1"),
         (["--corpora.food.format", "webdatasets"], "did you mean webdataset"),
         (["--corpora.food.path", "food 40 1", "--corpora.animals.path", "animals 40 1", "--corpora.cities.path",
-          "cities 40 1"], "none of 120 samples can be used"),
+          "cities 40 1", "--bad-limit", "1"], "none of 120 samples can be used"),
         (["--domains.by", "keywords"], "needs topics"),
     ],
 )  # fmt: skip
@@ -163,6 +163,7 @@ def test_a_mixture_of_llava_by_the_data_sets_in_it(done, tmp_path):
 
 PROCESS = """
 import sys, time
+from pathlib import Path
 sys.path.insert(0, {tests!r})
 import jax
 import numpy as np
@@ -181,15 +182,18 @@ corpora.FORMATS["drawn"] = FORMAT._replace(open=opened)
 columns.BLOCK = 32
 of = lambda rows: rows.pictures.mean((1, 2)).astype(np.float16)
 embeddings.column = lambda config, weights: columns.Simple("embedding", of, "colours", -1)
-cli.main(["scenario", *sys.argv[1:]])
+for _ in range(2):
+    cli.main(["scenario", *sys.argv[1:], "--out", str(Path({out!r}, sys.argv[-1]))])
 """
 
 
 def test_two_processes_write_what_one_writes(recipe, done, tmp_path):
-    """Over loopback: each reads half of the blocks, the first writes."""
+    """Over loopback, each with an `out` of its own: each reads half of the blocks, the first writes; the second time it
+    finds what is there, and the other, which has nothing, ends with it."""
     done("scenario", recipe)
-    process = [sys.executable, "-c", PROCESS.format(tests=str(TESTS))]
-    said = on_hosts(2, [*process, recipe, "--out", tmp_path / "two", "--cache", tmp_path / "shared"])
-    assert arrays(tmp_path / "two") == arrays(tmp_path / "out")
-    assert files.read_json(tmp_path / "two/manifest.json") == files.read_json(tmp_path / "out/manifest.json")
+    process = [sys.executable, "-c", PROCESS.format(tests=str(TESTS), out=str(tmp_path / "two"))]
+    said = on_hosts(2, [*process, recipe, "--cache", tmp_path / "shared"])
+    assert arrays(tmp_path / "two/0") == arrays(tmp_path / "out") and not (tmp_path / "two/1").exists()
+    assert files.read_json(tmp_path / "two/0/manifest.json") == files.read_json(tmp_path / "out/manifest.json")
+    assert said[0].count("(was there)") == 1
     assert "sample" in said[0] and "sample" not in said[1]  # the first alone speaks

@@ -31,8 +31,8 @@ def make_tower(kind, folder):
     return model, processor
 
 
-def make_language(folder):
-    torch.manual_seed(0)
+def make_language(folder, seed=0):
+    torch.manual_seed(seed)
     sizes = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1
     )

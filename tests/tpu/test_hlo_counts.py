@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from pivotjax.models import vision
+from pivotjax.models.abstract import abstract
 from pivotjax.models.language import DecoderConfig
-from pivotjax.models.vision import VisionConfig
+from pivotjax.models.processors import Normalisation
+from pivotjax.models.vision import VisionConfig, efficientnet_lite
 from pivotjax.tpu import collectives, flops, hlo, traffic
 
 LAYERS, ROWS, DIM, WIDE = 5, 16, 8, 32
@@ -71,6 +75,19 @@ def test_what_checkpointing_computes_again_is_told_apart():
     assert counted.total - counted.recomputed == 2 * LAYERS * FORWARD
     plain = jax.make_jaxpr(jax.grad(lambda x, w: jax.lax.scan(layer, x, w)[0].sum()))(*arguments)
     assert flops.asked(plain) == 2 * LAYERS * FORWARD
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_convolution_counts_without_its_padding(groups):
+    def convolution(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                                            feature_group_count=groups)  # fmt: skip
+
+    found, arguments = program(convolution, (2, 8, 6, 4), (3, 3, 4 // groups, 12))
+    rows, columns = 3 * 3 + 2, 4 * 3 + 2 * 2  # that the window has of the input, at 4 and at 6 places
+    by_hand = 2 * 2 * rows * columns * (4 // groups) * 12
+    assert flops.asked(jax.make_jaxpr(convolution)(*arguments)) == by_hand
+    assert flops.executed(found).total == by_hand
 
 
 TPU = """
@@ -171,18 +188,41 @@ def test_groups_in_every_way_of_writing_them(written, groups):
 
 def test_the_minimum_of_a_small_decoder_by_hand():
     decoder = DecoderConfig(vocab_size=50, dim=8, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=2, mlp_dim=16)
-    tower = VisionConfig(image_size=8, patch_size=4, dim=6, num_layers=4, num_heads=2, mlp_dim=12, activation="gelu",
-                         norm_eps=1e-5, has_class_token=True)  # fmt: skip
     w0 = {"linear_0": {"kernel": jax.ShapeDtypeStruct((6, 8), jnp.float32)},
           "linear_1": {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}}  # fmt: skip
     work = flops.Work(experts=2, samples=5, images=1, visual=4, length=10, targets=6, online=True)
-    found = flops.minimum(work, decoder, w0, tower, layers=3)
+    found = flops.minimum(work, decoder, w0, image=7.0)
     entries = 3 * (8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 16)
     assert flops.decoder_entries(decoder) == entries
     assert found.decoder == 4 * entries * 2 * 5 * 10
     assert found.attention == 3 * 3 * (2 * 2 * 8 * 10 / 2) * 2 * 5 * 10
     assert found.head == 4 * 8 * 50 * 2 * 5 * 6
     assert found.projector == (6 * (48 + 64) - 2 * 48) * 2 * 5 * 4
-    image = 2 * 4 * 48 * 6 + 3 * 5 * (2 * (4 * 36 + 2 * 72) + 2 * 2 * 5 * 6)
-    assert found.vision == image * 2 * 5
+    assert found.vision == 7 * 2 * 5
     assert found.total == np.sum(found)
+
+
+def test_an_image_through_a_small_vision_transformer_by_hand():
+    config = VisionConfig(image_size=8, patch_size=4, dim=6, num_layers=4, num_heads=2, mlp_dim=12, activation="gelu",
+                          norm_eps=1e-5, has_class_token=True)  # fmt: skip
+    tower = vision.abstract(vision.FAMILIES["clip_vision_model"], config)
+    chosen, plain = vision.Features(select_layer=-2), Normalisation(1 / 255, (0.0,) * 3, (1.0,) * 3)
+    layers = 3 * 5 * (2 * (4 * 36 + 2 * 72) + 2 * 2 * 5 * 6)  # three of the four run, on 2 x 2 patches and the class
+    assert flops.of_image(*tower, chosen, plain, 8) == 2 * 4 * 48 * 6 + layers
+
+
+def test_an_image_through_an_encoder_that_is_no_transformer():
+    """EfficientNet-Lite0: its matrix products and its first convolution; depthwise convolutions are sums of shifted maps
+    here, no products, and pooling is small."""
+    sizes = efficientnet_lite.LITE0
+    tower = abstract(lambda: efficientnet_lite.EfficientNetLite(sizes, rngs=nnx.Rngs(0)))
+    side, channels, products = 112, 32, 112**2 * 3 * 3 * 3 * 32
+    for stage in sizes.stages:
+        for repeat in range(stage.repeats):
+            expanded = channels * stage.expand
+            products += side**2 * channels * expanded * (stage.expand > 1)
+            side //= stage.stride if repeat == 0 else 1
+            products += side**2 * expanded * stage.channels
+            channels = stage.channels
+    products += side**2 * channels * 1280
+    assert flops.of_image(*tower, vision.Features(), None, 224) == pytest.approx(2 * products, rel=0.003)

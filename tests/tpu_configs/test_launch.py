@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,6 +139,13 @@ def test_a_run_that_fails_fails_here(cloud, tmp_path):
     (tmp_path / "worker" / ".local" / "bin" / "uv").write_text("#!/bin/bash\nexit 7\n")
     done = launch(cloud, "all_workers.sh", "name", "pretrain", "train/one.yaml")
     assert done.returncode == 7 and "--recurse" not in (tmp_path / "log").read_text()
+
+
+def test_a_jobset_keeps_every_argument_as_it_is(cloud):
+    words = ["pretrain", 'say "hi"', r"a\nb", "two\nlines", "a\tb", "$x & 'y' # z", "-n", ""]
+    done = launch(cloud, "jobset.sh", "v5e-4", *words, IMAGE="image:1", CLAIM="disk")
+    (pod,) = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"]
+    assert pod["template"]["spec"]["template"]["spec"]["containers"][0]["args"] == words
 
 
 @pytest.mark.parametrize("script", ["all_workers.sh", "queued_resource.sh", "jobset.sh"])

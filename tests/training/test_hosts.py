@@ -10,6 +10,7 @@ import loopback
 import numpy as np
 import processes
 import pytest
+import requests
 
 from pivotjax.errors import InputError
 from pivotjax.training import hosts
@@ -109,6 +110,7 @@ def test_others_that_never_come_are_waited_for_so_long_and_no_longer(index):
         (dict(coordinator="10.0.0.1"), "HOST:PORT"),
         (dict(coordinator="h:1", count=2, index=2), "count from 0 to 1"),
         (dict(count=2), "no coordinator"),
+        (dict(coordinator="h:1"), "coordinator is given, but no count"),
         (dict(timeout=0), "timeout must be at least 1"),
     ],
 )
@@ -121,3 +123,27 @@ def test_a_process_that_is_alone():
     with hosts.joined(HostsConfig()):
         assert hosts.gather({"a": np.int32(3)})["a"].tolist() == [3]
         assert not hosts.preempted(1)
+
+
+def fails(*args):
+    raise requests.exceptions.ConnectionError("Failed to resolve 'metadata.google.internal'")
+
+
+@pytest.mark.parametrize(("count", "environment"), [(1, {}), (0, {"TPU_PROCESS_ADDRESSES": "local"})])
+def test_a_tpu_that_is_known_to_be_alone_asks_nobody(monkeypatch, count, environment):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hosts, "_tpu", lambda: True)
+    monkeypatch.setattr(hosts, "_initialise", fails)
+    with hosts.joined(HostsConfig(count=count)):
+        assert jax.process_count() == 1
+
+
+def test_a_tpu_without_a_metadata_server_is_one_line(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.delenv("TPU_PROCESS_ADDRESSES", raising=False)
+    monkeypatch.setattr(hosts, "_tpu", lambda: True)
+    monkeypatch.setattr(hosts, "_initialise", fails)
+    with pytest.raises(InputError, match=r"no metadata server .*metadata\.google\.internal.* give hosts\.count 1 "):
+        hosts.joined(HostsConfig()).__enter__()

@@ -9,6 +9,7 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_feed import TinyFeed
@@ -302,6 +303,20 @@ def test_a_checkpoint_folder_that_turns_read_only(tiny, tmp_path):
     (tmp_path / "training").unlink()
     shutil.move(tmp_path / "away", tmp_path / "training")
     jax.tree.map(np.testing.assert_array_equal, whole, go(tiny, tmp_path, every=2))
+
+
+def test_a_step_that_does_not_fit_the_memory_is_one_line(tiny, tmp_path):
+    with pytest.raises(InputError, match=r"does not fit the devices' memory \(RESOURCE_EXHAUSTED: .*device_batch"):
+        go(tiny, tmp_path, change=lambda step, batch: jnp.zeros(2**50, jnp.int8))
+
+
+def test_checkpoints_that_are_not_there_stop_a_run_before_it_drops_its_rows(tiny, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, tmp_path, stop_after=4)
+    before = read_metrics(tmp_path)
+    with pytest.raises(InputError, match=f"no whole training checkpoint is in {tmp_path}/mistyped, though this run"):
+        go(tiny, tmp_path, checkpoints=CheckpointConfig(folder=str(tmp_path / "mistyped")))
+    assert before and read_metrics(tmp_path) == before
 
 
 def test_speed_on_a_clock_that_is_known(tiny, tmp_path):

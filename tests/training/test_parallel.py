@@ -146,6 +146,30 @@ def test_a_mesh_that_does_not_fit_the_devices(sizes, said):
         make_mesh(MeshConfig(*sizes), 2, 2)
 
 
+class Chip:
+    platform = device_kind = "cpu"
+
+    def __init__(self, process_index=0):
+        self.process_index = process_index
+
+
+def test_a_mesh_of_which_nothing_is_said_takes_all_devices_in_their_order():
+    chips = [Chip() for _ in range(8)]
+    for given, shape in ((MeshConfig(), (1, 8, 1, 1)), (MeshConfig(expert=2, fsdp=2), (2, 2, 2, 1))):
+        mesh = make_mesh(given, 2, 8, chips)
+        assert tuple(mesh.shape.values()) == shape and list(mesh.devices.flat) == chips
+    with pytest.raises(InputError, match=r"6 samples .* over 8 devices \(mesh 1 x 8 x 1 x 1"):
+        make_mesh(MeshConfig(), 2, 6, chips)
+
+
+def test_devices_that_a_mesh_leaves_idle(capsys):
+    one = MeshConfig(1, 1, 1, 1)
+    assert make_mesh(one, 2, 8, [Chip() for _ in range(4)]).size == 1
+    assert "1 of 4 devices is used; mesh.data: 0 takes all" in capsys.readouterr().err
+    with pytest.raises(InputError, match="leaves processes without a device; set mesh"):
+        make_mesh(one, 2, 8, [Chip(0), Chip(1)])
+
+
 def test_frozen_weights_that_are_in_place_are_not_copied():
     weights = {"language": {"embedding": jnp.ones((64, 64)), "layers": {"q": {"kernel": jnp.ones((2, 64, 64))}}}}
     placed = layout("jit", make_mesh(MeshConfig(), 1, 1)).put_frozen(weights)

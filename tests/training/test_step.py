@@ -13,7 +13,7 @@ from pivotjax.models import projector, vision
 from pivotjax.models.language.decoder import NO_WINDOW
 from pivotjax.models.processors import Normalisation
 from pivotjax.models.vision import Features, VisionConfig
-from pivotjax.training.optimizer import GuardConfig
+from pivotjax.training.optimizer import GuardConfig, TrainingConfig, adamw
 from pivotjax.training.step import judged
 
 
@@ -257,3 +257,17 @@ def test_bfloat16_backbone_keeps_a_float32_projector(tiny):
     assert {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-2)
     np.testing.assert_allclose(metrics.gradient_norm, expected.gradient_norm, rtol=5e-2)
+
+
+def test_clip_0_is_no_clipping():
+    """AdamW's first moment shows the gradient as it came to it."""
+    gradient = {"w": jnp.array([30.0, -40.0])}
+    first = {}
+    for clip in (0.0, 5.0, 100.0):
+        optimizer = adamw(TrainingConfig(clip=clip))
+        updates, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
+        first[clip] = next(a for a in jax.tree.leaves(state) if a.shape == (2,))
+        assert np.abs(updates["w"]).min() > 0
+    np.testing.assert_allclose(first[0.0], [3.0, -4.0], rtol=1e-6)
+    np.testing.assert_array_equal(first[0.0], first[100.0])
+    np.testing.assert_allclose(first[5.0], [0.3, -0.4], rtol=1e-6)

@@ -26,11 +26,18 @@ fact() { # the value of a key of the slice's file
   sed -n "s/^$1: *//p" "$facts" | tr -d '"'
 }
 
+json() { # a string in quotes, as JSON and YAML both read it
+  local text=${1//\\/"\\\\"}
+  text=${text//\"/'\"'}
+  text=${text//$'\t'/'\t'}
+  printf '"%s"' "${text//$'\n'/'\n'}"
+}
+
 flags=$(sed -n 's/^  \(xla_[a-z_]*\): */--\1=/p' "$facts" | tr '\n' ' ')
 topology=$(fact topology)
 hosts=$(fact hosts)
 chips=$(($(fact chips) / hosts))
-arguments=$(printf '                - "%s"\n' "$@")
+arguments=$(for word; do echo "                - $(json "$word")"; done)
 
 cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -19,13 +20,14 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from pivotjax.data.corpora import base
 from pivotjax.data.corpora.opened import LocalFile, Opened, is_remote
-from pivotjax.data.decode import BadSample
+from pivotjax.data.decode import BadSample, too_many
 from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
-from pivotjax.files import atomic_path
+from pivotjax.files import atomic_path, output_folder, read_json, write_json
 from pivotjax.progress import Bar, say
 
 _SUFFIXES = (".arrayrecord", ".array_record")
+_MARK = ".json"
 _WRITER = "group_size:1,uncompressed"  # pictures do not compress
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # random access
 _MOST_OPEN = 64
@@ -83,31 +85,62 @@ def unpack(record: bytes, where: str) -> tuple[str, str, bytes]:
     return key, base.checked_caption(about.get("caption"), key), record[end + 1 :]
 
 
-def write(path: Path, corpus: base.Corpus, records_per_file: int = 10_000) -> dict[str, int]:
+def write(path: Path, corpus: base.Corpus, records_per_file: int = 10_000, bad_limit: float = 0.05) -> dict[str, int]:
     """Writes a corpus of any format as the folder `path` of ArrayRecord files, for fast shuffled reading.
 
-    Returns how many samples were left out, by reason. The folder appears when it is complete. InputError where no
-    sample can be read or the folder cannot be written.
+    Returns how many samples were left out, by reason. The folder appears when it is complete; until then its finished
+    files are in a folder beside it, `path` with `.unfinished-` and the corpus behind it, and the same call goes on from
+    them. `bad_limit`: share of a file's samples that may be bad. InputError where there are more, where no sample can
+    be read, or where `path` is there already or cannot be written.
     """
-    bad: Counter[str] = Counter()
-    with atomic_path(path) as folder, Bar(len(corpus), f"write {path.name}", unit="sample") as bar:
-        folder.mkdir()
+    if path.exists():
+        raise InputError(f"{path} exists already; give another name, or remove it")
+    work = output_folder(path.with_name(f"{path.name}.unfinished-{corpus.identity[:16]}-{records_per_file}"))
+    left_out: Counter[str] = Counter()
+    with Bar(len(corpus), f"write {path.name}", unit="sample") as bar:
         for first in range(0, len(corpus), records_per_file):
             numbers = range(first, min(first + records_per_file, len(corpus)))
-            file = folder / f"{first // records_per_file:05d}{_SUFFIXES[0]}"
-            if not write_file(file, readable(corpus, numbers, bad, bar)):
-                file.unlink()  # a file without records reads as a damaged one
-        tell(bad, len(corpus), path)
-    return dict(bad)
+            file = work / f"{first // records_per_file:05d}{_SUFFIXES[0]}"
+            mark = file.with_suffix(_MARK)  # what was left out of it; there when the file is finished
+            if mark.exists():
+                bar.update(len(numbers))
+            else:
+                write_json(mark, _write_numbers(file, corpus, numbers, bad_limit, bar))
+            left_out.update(read_json(mark))
+    if left_out.total() == len(corpus):
+        shutil.rmtree(work)  # the same call is to look again
+    tell(left_out, len(corpus), path)
+    for mark in work.glob(f"*{_MARK}"):
+        mark.unlink()
+    work.rename(path)
+    return dict(left_out)
 
 
-def readable(corpus: base.Corpus, numbers: range, bad: Counter[str], bar: Bar) -> Iterator[Item]:
-    """The samples of these numbers that can be read; the others are counted in `bad`. InputError at a drawing."""
+def _write_numbers(file: Path, corpus: base.Corpus, numbers: range, bad_limit: float, bar: Bar) -> Counter[str]:
+    """The file of the samples of these numbers, unless none of them can be read; returns how many cannot."""
+    bad: Counter[str] = Counter()
+    with atomic_path(file) as temporary:
+        records = write_file(temporary, readable(corpus, numbers, bad, bar, bad_limit))
+    if not records:
+        file.unlink()  # without records it reads as a damaged one
+    return bad
+
+
+def readable(corpus: base.Corpus, numbers: range, bad: Counter[str], bar: Bar, bad_limit: float) -> Iterator[Item]:
+    """The samples of these numbers that can be read; the others are counted in `bad`.
+
+    InputError as soon as a share of more than `bad_limit` of them is bad, or at a drawing.
+    """
     for number in numbers:
         try:
             item = corpus[number]
         except BadSample as error:
             bad[error.reason] += 1
+            if too_many(bad.total(), len(numbers), bad_limit):
+                raise InputError(
+                    f"over {bad_limit:.0%} of the samples {numbers[0]} to {numbers[-1]} cannot be read "
+                    f"({_listed(bad)}); mend the data and start again, or raise bad_limit"
+                ) from error
         else:
             if item.kind not in ("picture", "png"):
                 raise InputError(f"{item.key} is a drawing ({item.kind}); use its corpus as it is")
@@ -117,11 +150,14 @@ def readable(corpus: base.Corpus, numbers: range, bad: Counter[str], bar: Bar) -
 
 def tell(bad: Counter[str], samples: int, path: Path) -> None:
     """Says what was left out of `path`; InputError where that was everything."""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
     if bad.total() == samples:
-        raise InputError(f"no sample of the corpus can be read ({reasons}); check its path and format")
+        raise InputError(f"no sample of the corpus can be read ({_listed(bad)}); check its path and format")
     if bad:
-        say(f"{path}: {bad.total()} of {samples} samples left out: {reasons}")
+        say(f"{path}: {bad.total()} of {samples} samples left out: {_listed(bad)}")
+
+
+def _listed(bad: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
 
 
 def write_file(path: Path, items: Iterator[Item]) -> int:

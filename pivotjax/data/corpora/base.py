@@ -105,10 +105,12 @@ def checked_index(index: int, length: int) -> int:
 def find_files(path: str, suffixes: Sequence[str], what: str) -> list[str]:
     """The files that `path` stands for: one file, a .txt list of files (one a line), a folder's files with one of
     `suffixes`, a glob, or {a,b} and {000..999} braces; sorted but for lists and braces. InputError where there are
-    none."""
+    none, or some are in a bucket and some on a disk."""
     found = [file for one in _expand(path) for file in _matching(one, suffixes)]
     if not found:
         raise InputError(f"there is no {what} at {path}; give a file, a folder, a glob or {{000..999}}")
+    if len({opened.is_remote(file) for file in found}) > 1:
+        raise InputError(f"{path} names files of a bucket and of a disk; give them as two corpora, or copy some")
     return found
 
 
@@ -166,8 +168,9 @@ def identity(config: CorpusConfig, parts: Iterable[Any]) -> str:
 
 def short_names(files: Sequence[str]) -> list[str]:
     """Files by their paths below the folder that all of them share: the same wherever that folder is."""
+    files = [file if opened.is_remote(file) else os.path.abspath(file) for file in files]
     root = os.path.commonpath([os.path.dirname(file) for file in files])
-    return [os.path.relpath(file, root) if root else file for file in files]
+    return [os.path.relpath(file, root) for file in files]
 
 
 def survey(files: Sequence[str], look: Callable[[str], T], config: CorpusConfig) -> tuple[dict[str, T], dict[str, int]]:

@@ -1,16 +1,16 @@
 """Files kept open: as many as last used, in each process its own, usable from several threads."""
 
-import contextlib
 import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import BinaryIO, Generic, TypeVar
 
 import fsspec
 
-from pivotjax.errors import InputError
+from pivotjax.files import plain_errors
 
 T = TypeVar("T")
 
@@ -18,25 +18,35 @@ T = TypeVar("T")
 class Opened(Generic[T]):
     """What `open` gives for a key; the `most` last used are kept. Travels to other processes empty.
 
+    A key is opened once, by the thread that asks first; others that ask meanwhile wait for it, or for its error.
+
     Nothing is closed by hand: another thread may still read from what has just been pushed out.
     """
 
     def __init__(self, open: Callable[..., T], most: int):
         self._open, self._most = open, most
-        self._kept: OrderedDict[tuple, T] = OrderedDict()
+        self._kept: OrderedDict[tuple, Future[T]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, *key) -> T:
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        opened = self._open(*key)
-        with self._lock:
-            self._kept[key] = opened
+            is_first = key not in self._kept
+            opened = self._kept.setdefault(key, Future())
+            self._kept.move_to_end(key)
             while len(self._kept) > self._most:
                 self._kept.popitem(last=False)
-        return opened
+        if is_first:
+            self._fulfil(opened, key)
+        return opened.result()
+
+    def _fulfil(self, opened: Future, key: tuple) -> None:
+        try:
+            opened.set_result(self._open(*key))
+        except BaseException as error:
+            with self._lock:  # who asks next tries again
+                if self._kept.get(key) is opened:
+                    del self._kept[key]
+            opened.set_exception(error)
 
     def __reduce__(self):
         return Opened, (self._open, self._most)
@@ -99,19 +109,6 @@ def stamp(path: str) -> tuple[int, str]:
         about = system.info(inside)
     version = next((about[key] for key in ("generation", "etag", "updated", "mtime", "created") if key in about), "")
     return int(about["size"]), str(version)
-
-
-@contextlib.contextmanager
-def plain_errors(path: str) -> Iterator[None]:
-    """OSError for whatever a bucket's client raises; InputError where there is none."""
-    try:
-        yield
-    except ImportError as error:
-        raise InputError(f'reading {path} needs gcsfs: pip install "pivotjax[gcs]"') from error
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # every client has errors of its own
-        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def why(error: Exception) -> str:

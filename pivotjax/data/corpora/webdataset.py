@@ -94,7 +94,8 @@ def _field(data: bytes, field: str, key: str) -> object:
 
 
 class _Shard(NamedTuple):
-    """A shard's index file, the stamp of the tar it is of, its own SHA-256, samples, bytes of keys, what is wrong."""
+    """A shard's index file, the stamp of the tar it is of, its own SHA-256, samples, bytes of keys, what is wrong with
+    the tar as it was indexed, why it cannot be reached now."""
 
     index: Path
     stamp: str
@@ -102,6 +103,7 @@ class _Shard(NamedTuple):
     samples: int
     key_bytes: int
     problem: str
+    absent: str = ""
 
 
 def _open(config: base.CorpusConfig, cache: Path) -> WebDataset:
@@ -117,12 +119,18 @@ def _open(config: base.CorpusConfig, cache: Path) -> WebDataset:
 
 
 def _damage(path: str, found: dict[str, _Shard], lost: dict[str, int]) -> dict[str, int]:
-    """Says which shards end early, and counts them."""
-    damaged = [f"{name}: {shard.problem} ({shard.samples} samples)" for name, shard in found.items() if shard.problem]
-    if not damaged:
-        return lost
-    say(f"{len(damaged)} shards of {path} have lost their ends, what is whole is used; {damaged[0]}")
-    return {"unreadable shard": lost.get("unreadable shard", 0) + len(damaged)}
+    """Says which shards end early and which cannot be reached now, and counts them."""
+    told = {
+        "have lost their ends, what is whole is used": [name for name, shard in found.items() if shard.problem],
+        "cannot be read now, their samples count as bad": [name for name, shard in found.items() if shard.absent],
+    }
+    for what, names in told.items():
+        if names:
+            first = found[names[0]]
+            why_first = f"{names[0]}: {first.problem or first.absent} ({first.samples} samples)"
+            say(f"{len(names)} shards of {path} {what}; {why_first}")
+    count = lost.get("unreadable shard", 0) + sum(map(len, told.values()))
+    return {"unreadable shard": count} if count else lost
 
 
 def _indexed(path: str, extension: str, folder: Path) -> _Shard:
@@ -137,7 +145,7 @@ def _indexed(path: str, extension: str, folder: Path) -> _Shard:
     except OSError as error:
         if not index.is_file():
             raise
-        return _load(index)._replace(problem=f"it cannot be read now: {why(error)}")
+        return _load(index)._replace(problem="", absent=why(error))
     now = f"{size} {version}"
     if index.is_file() and (known := _load(index)).stamp == now:
         return known

@@ -4,6 +4,9 @@ A column is an array with a row a sample. It is computed in blocks of 16,384 sam
 they are whole: a pass that was interrupted goes on after its last block, another scenario of the same corpus reads what
 is there, and a pass on several hosts shares the blocks out. A block's rows depend on its samples alone, so that the
 number of hosts changes nothing. Memory: one block of each column, whatever the corpus.
+
+Columns of one scenario may come from passes of different days, and a sample that can be read today could not be read
+then: each column keeps its own reasons why a row says nothing.
 """
 
 import hashlib
@@ -30,7 +33,7 @@ from pivotjax.progress import Bar
 BLOCK = 16_384  # samples
 _ROWS = 32  # of a batch, a device
 _SIDE = 64  # pixels, where no column asks for more
-_FORMAT = 1  # part of every name: raise it when decoding or a column's layout changes
+_FORMAT = 2  # part of every name: raise it when decoding or a column's layout changes
 GOOD = -1
 
 
@@ -39,7 +42,7 @@ class Rows(NamedTuple):
 
     keys: list[str]
     captions: list[str]
-    reasons: Int8[np.ndarray, " B"]  # index into REASONS, or GOOD
+    reasons: Int8[np.ndarray, "2 B"]  # index into REASONS, or GOOD: of key and caption, and of those and the picture
     pictures: UInt8[np.ndarray, "B S S 3"] | None  # None where no column looks at pictures
 
 
@@ -75,12 +78,11 @@ class Simple:
 
 
 KEYS = Simple("keys", lambda rows: np.array([hashing.of_text(key) for key in rows.keys], np.uint64))
-REASON = Simple("reasons", lambda rows: rows.reasons)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A column on disk."""
+    """A column on disk: `N.npy` and `N.reasons.npy` for block N."""
 
     folder: Path
     count: int
@@ -92,6 +94,10 @@ class Stored:
     def blocks(self) -> Iterator[np.ndarray]:
         """All blocks in order."""
         return (self.block(number) for number in range(_blocks(self.count)))
+
+    def reasons(self) -> Int8[np.ndarray, " N"]:
+        """Of each row why it says nothing: index into REASONS, or GOOD."""
+        return np.concatenate([np.load(self.folder / f"{n}.reasons.npy") for n in range(_blocks(self.count))])
 
     def map(self, of: Callable[[np.ndarray], np.ndarray] = np.asarray) -> np.ndarray:
         """A function of each block, one after the other: what it returns has to fit in memory."""
@@ -113,7 +119,7 @@ class Stored:
 def scan(
     pool: Pool, columns: Sequence[Column], folder: Path, workers: int = 0, bad_limit: float = 1.0
 ) -> dict[str, Stored]:
-    """All columns of a pool, and always "keys" (64-bit hashes) and "reasons" (int8: GOOD or an index of REASONS).
+    """All columns of a pool, and always "keys" (64-bit hashes).
 
     With several processes each computes every n-th block; they need a `folder` that all of them see.
 
@@ -128,7 +134,7 @@ def scan(
     Raises:
         InputError: the folder cannot be written, not all processes see it, or too many samples of a block are bad.
     """
-    columns = [KEYS, REASON, *columns]
+    columns = [KEYS, *columns]
     side = max(c.pixels for c in columns) or (_SIDE if any(c.pixels for c in columns) else 0)
     stored = {column.name: Stored(folder / _name(pool, column, side), len(pool)) for column in columns}
     missing = [
@@ -141,6 +147,14 @@ def scan(
         _compute(pool, mine, stored, side, workers, bad_limit)
     _meet(stored, missing)
     return stored
+
+
+def reasons(stored: Mapping[str, Stored]) -> Int8[np.ndarray, " N"]:
+    """Why each sample is bad; GOOD where it was good whenever one of the columns was computed."""
+    found, *others = (column.reasons() for column in stored.values())
+    for other in others:
+        found = np.where(found == GOOD, other, found)
+    return found
 
 
 def bad(reasons: Int8[np.ndarray, " N"]) -> dict[str, int]:
@@ -160,8 +174,17 @@ def _compute(
     with ThreadPoolExecutor(workers or os.cpu_count()) as threads, Bar(_samples(blocks, pool), "scan", "sample") as bar:
         for number, todo in blocks:
             samples = range(number * BLOCK, min((number + 1) * BLOCK, len(pool)))
-            for name, values in _block(pool, todo, samples, side, threads, bar, bad_limit).items():
-                _write(stored[name].folder / f"{number}.npy", values)
+            side_of_block = side if any(column.pixels for column in todo) else 0
+            for name, found in _block(pool, todo, samples, side_of_block, threads, bar, bad_limit).items():
+                _write(stored[name].folder / f"{number}.reasons.npy", found.reasons)
+                _write(stored[name].folder / f"{number}.npy", found.values)  # the last: it says that both are there
+
+
+class _Found(NamedTuple):
+    """Some rows of a column."""
+
+    values: np.ndarray
+    reasons: Int8[np.ndarray, " B"]
 
 
 def _block(
@@ -172,22 +195,23 @@ def _block(
     threads: ThreadPoolExecutor,
     bar: Bar,
     bad_limit: float,
-) -> dict[str, np.ndarray]:
+) -> dict[str, _Found]:
     size = _ROWS * jax.local_device_count()
     batches = [block[start : start + size] for start in range(0, len(block), size)]
     ahead = [threads.submit(_sample, pool, index, side) for index in batches[0]]
-    parts: dict[str, list[np.ndarray]] = {column.name: [] for column in columns}
+    parts: dict[str, list[_Found]] = {column.name: [] for column in columns}
     found: Counter[str] = Counter()
     for number, batch in enumerate(batches):
         following = batches[number + 1] if number + 1 < len(batches) else ()
         samples, ahead = ahead, [threads.submit(_sample, pool, index, side) for index in following]
         rows = _rows([sample.result() for sample in samples], size, side)
-        found.update(bad(rows.reasons))
+        found.update(bad(rows.reasons[1]))
         _check(found, block, bad_limit)
         for column in columns:
-            parts[column.name].append(column(rows)[: len(batch)])
+            reasons = rows.reasons[1 if column.pixels else 0]
+            parts[column.name].append(_Found(column(rows)[: len(batch)], reasons[: len(batch)]))
         bar.update(len(batch))
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    return {name: _Found(*map(np.concatenate, zip(*pieces))) for name, pieces in parts.items()}
 
 
 def _check(found: Counter[str], block: range, limit: float) -> None:
@@ -204,28 +228,38 @@ def listed(found: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in found.items())
 
 
-def _sample(pool: Pool, index: int, side: int) -> tuple[str, str, int, np.ndarray | None]:
-    """Key, caption, reason and picture; what is not known of a bad sample is empty."""
-    key = caption = ""
+class _Sample(NamedTuple):
+    """What can be read of a sample."""
+
+    key: str = ""
+    caption: str = ""
+    picture: np.ndarray | None = None
+    reasons: tuple[int, int] = (GOOD, GOOD)  # as in Rows
+
+
+def _sample(pool: Pool, index: int, side: int) -> _Sample:
+    key, caption, known = "", "", False
     try:
         item = pool[index]
         key, caption = item.key, item.caption
         if not caption.strip():
             raise BadSample("empty caption", key)
-        return key, caption, GOOD, decode(item, side) if side else None
+        known = True
+        return _Sample(key, caption, decode(item, side) if side else None)
     except BadSample as error:
-        return key, caption, REASONS.index(error.reason), None
+        reason = REASONS.index(error.reason)
+        return _Sample(key, caption, None, (GOOD if known else reason, reason))
 
 
-def _rows(samples: list[tuple[str, str, int, np.ndarray | None]], size: int, side: int) -> Rows:
+def _rows(samples: list[_Sample], size: int, side: int) -> Rows:
     """A batch; always of `size` rows, so that what is compiled for it is compiled once."""
-    samples = samples + [("", "", GOOD, None)] * (size - len(samples))
+    samples = samples + [_Sample()] * (size - len(samples))
     pictures = np.zeros((size, side, side, 3), np.uint8) if side else None
-    for place, (*_, picture) in enumerate(samples):
-        if picture is not None:
-            pictures[place] = picture
-    keys, captions, reasons, _ = zip(*samples)
-    return Rows(list(keys), list(captions), np.array(reasons, np.int8), pictures)
+    for place, sample in enumerate(samples):
+        if sample.picture is not None:
+            pictures[place] = sample.picture
+    reasons = np.array([sample.reasons for sample in samples], np.int8).T
+    return Rows([sample.key for sample in samples], [sample.caption for sample in samples], reasons, pictures)
 
 
 def _write(path: Path, values: np.ndarray) -> None:
@@ -256,6 +290,6 @@ def _blocks(count: int) -> int:
 
 
 def _name(pool: Pool, column: Column, side: int) -> str:
-    seen = side if column.pixels or column is REASON else 0
+    seen = side if column.pixels else 0
     text = f"{_FORMAT} {BLOCK} {pool.identity} {column.name} {column.identity} {seen}"
     return f"{column.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from pivotjax.data.devices import replicated, shared_out
 from pivotjax.data.scenarios.clustering import ClusteringConfig
 from pivotjax.data.scenarios.columns import Column, Rows, Simple
 from pivotjax.models import vision
@@ -26,17 +26,17 @@ def column(config: ClusteringConfig, weights: Callable[[str], Path]) -> Column:
 
 
 def _images(encoder: vision.Encoder) -> Column:
-    params, split = _on_devices(encoder.params)
+    params = replicated(encoder.params)
 
     def of(rows: Rows) -> np.ndarray:
-        tokens = vision.encode(encoder._replace(params=params), split(rows.pictures))
+        tokens = vision.encode(encoder._replace(params=params), shared_out(rows.pictures))
         return np.asarray(jnp.mean(tokens, axis=1)).astype(np.float16)
 
     return Simple("embedding", of, f"image {encoder.identity}", encoder.image_size)
 
 
 def _captions(language: Language, states: str, length: int) -> Column:
-    params, split = _on_devices(language.params)
+    params = replicated(language.params)
 
     def of(rows: Rows) -> np.ndarray:
         tokens = np.zeros((len(rows.captions), length), np.int32)
@@ -44,7 +44,8 @@ def _captions(language: Language, states: str, length: int) -> Column:
         for row, found in enumerate(language.tokenizer.encode_batch(rows.captions, add_special_tokens=False)):
             ids = found.ids[:length] or [language.eos_id]
             tokens[row, : len(ids)], real[row, : len(ids)] = ids, True
-        return np.asarray(_pooled(language.graphdef, states, params, split(tokens), split(real))).astype(np.float16)
+        pooled = _pooled(language.graphdef, states, params, shared_out(tokens), shared_out(real))
+        return np.asarray(pooled).astype(np.float16)
 
     return Simple("embedding", of, f"caption {language.identity} {states} {length}")
 
@@ -58,11 +59,3 @@ def _pooled(graphdef, states: str, params, tokens: Int[Array, "B L"], real: Bool
         x, _ = language(x, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None)
     weights = real[..., None].astype(jnp.float32)
     return jnp.sum(x * weights, axis=1) / jnp.sum(weights, axis=1)
-
-
-def _on_devices(params):
-    """Weights on every device of this host, and a function that shares a batch out among them."""
-    devices = jax.local_devices()
-    mesh = jax.sharding.Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    return params, lambda batch: jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
