@@ -18,7 +18,6 @@ from pivotjax.config import size
 from pivotjax.data import assets
 from pivotjax.errors import InputError
 from pivotjax.jobs import (
-    assemble,
     calibration,
     merge_args,
     merge_card,
@@ -33,8 +32,8 @@ from pivotjax.merging import Merge, merge, page, recipe, registry, siblings, tun
 from pivotjax.merging.calibration import Calibration
 from pivotjax.merging.recipe import MergeRecipe
 from pivotjax.models import projector
-from pivotjax.versions import versions
 from pivotjax.progress import say
+from pivotjax.versions import versions
 
 _REPORT = "merge_report.json"
 
