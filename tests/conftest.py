@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +25,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry as registered
 
 from pivotjax import cli
 from pivotjax.data import assets as store
@@ -102,6 +106,41 @@ def refused(command) -> Callable[..., str]:
         return ended.err
 
     return run
+
+
+class Bucket(MemoryFileSystem):
+    """A bucket in memory, by the names that gcsfs has for its files."""
+
+    protocol, root_marker = ("gs", "gcs"), ""
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return str(path).removeprefix("gs://").removeprefix("gcs://").strip("/")
+
+
+@pytest.fixture
+def _clients() -> Iterator[None]:
+    """etils keeps the first client that it finds for buckets, and it must be neither an earlier nor a later test's."""
+    kept = epath.backend.fsspec_backend._get_filesystem
+    kept.cache_clear()
+    yield
+    kept.cache_clear()
+
+
+@pytest.fixture
+def bucket(_clients, monkeypatch) -> Bucket:
+    """What gs:// is for this test, empty."""
+    for name in Bucket.protocol:
+        monkeypatch.setitem(registered, name, Bucket)
+    monkeypatch.setattr(Bucket, "store", {})
+    monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
+    return Bucket()
+
+
+@pytest.fixture
+def no_gcsfs(_clients, monkeypatch) -> None:
+    """The client of gs:// is not installed."""
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
 
 
 @pytest.fixture

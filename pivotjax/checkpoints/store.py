@@ -15,7 +15,9 @@ from pivotjax.models import projector
 FORMAT = 1
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's file
 _SIZES = "sizes.json"  # of all other files of a checkpoint, in bytes
+_FULL = ("No space left", "File too large", "Disk quota", "Errno 28", "Errno 27")
 _REFUSED = ("Read-only file system", "Permission denied", "PERMISSION_DENIED", "Not a directory")
+_GONE = ("No such file or directory", "directory does not exist")
 
 
 class Projector(NamedTuple):
@@ -130,15 +132,17 @@ def damaged(path: Path) -> InputError:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """A disk that is full or read-only is the user's to mend, and no bug."""
+    """Around writing: a disk that is full, read-only or taken away is the user's to mend, and no bug."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         text = " ".join(str(error).split())
-        if any(sign in text for sign in ("No space left", "File too large", "Disk quota", "Errno 28", "Errno 27")):
+        if any(sign in text for sign in _FULL):
             raise InputError(f"cannot write {path}: no space left; free some space or choose another folder") from error
         if any(sign in text for sign in _REFUSED):
             raise InputError(f"cannot write {path}: it may not be written to; choose another folder") from error
+        if any(sign in text for sign in _GONE):
+            raise InputError(f"cannot write {path}: it went away meanwhile; see that its disk is mounted") from error
         raise

@@ -140,7 +140,7 @@ class TrainingCheckpoints:
     def _open(self, clean: bool) -> ocp.training.Checkpointer:
         """With `clean` what an earlier run half saved is removed, which nobody may still be writing to."""
         try:
-            with store.disk_errors(self._folder):
+            with store.disk_errors(self._folder), files.plain_errors(str(self._folder)):
                 return ocp.training.Checkpointer(
                     Path(self._folder).absolute() if _on_disk(self._folder) else self._folder,
                     preservation_policy=_preservation(self._config),

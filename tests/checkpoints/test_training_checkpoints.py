@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.path import atomicity
 
 from pivotjax import files
 from pivotjax.checkpoints import training
+from pivotjax.checkpoints.store import disk_errors
 from pivotjax.checkpoints.training import CheckpointConfig, checksums, training_checkpoints
 from pivotjax.errors import InputError
 
@@ -226,10 +228,52 @@ def test_checkpoints_that_are_out_of_reach(folder):
     jax.tree.map(np.testing.assert_array_equal, read(folder, folder=str(folder.parent / "other"))[0], state(1))
 
 
-def test_a_bucket_without_its_client_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
+def test_a_bucket_without_its_client_is_one_line(tmp_path, no_gcsfs):
     with pytest.raises(InputError, match=r'gs://bucket/run needs gcsfs: pip install "pivotjax\[gcs\]"'):
         read(tmp_path, folder="gs://bucket/run")
+
+
+def test_a_bucket_without_the_client_of_orbax_is_one_line(tmp_path, bucket, monkeypatch):
+    """Which lists the steps by google-cloud-storage; gcsfs brings it along."""
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    with pytest.raises(InputError, match=r'gs://bucket/run needs gcsfs: pip install "pivotjax\[gcs\]"'):
+        read(tmp_path, folder="gs://bucket/run")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("Checkpoint directory does not exist: /run/training/2.orbax-checkpoint-tmp/state", "it went away meanwhile"),
+        ("[Errno 2] No such file or directory: '/run/training/2/state'", "it went away meanwhile"),
+        ("[Errno 20] Not a directory: '/run/training'", "it may not be written to"),
+        ("[Errno 30] Read-only file system: '/run/training'", "it may not be written to"),
+        ("ResourceExhausted: error writing local file: No space left on device", "no space left"),
+    ],
+)
+def test_what_orbax_raises_when_a_disk_goes_away_in_mid_save(text, said):
+    """Seen one by one: which of them comes depends on the moment."""
+    with pytest.raises(InputError, match=f"^cannot write /run/training: {said}"), disk_errors("/run/training"):
+        raise ValueError(text)
+    with pytest.raises(ValueError, match="something else"), disk_errors("/run/training"):
+        raise ValueError("something else")
+
+
+def test_a_folder_that_is_taken_away_in_mid_save(folder, monkeypatch):
+    """Moved when Orbax has made the place of the arrays and writes them."""
+    write(folder, [1])
+    real = atomicity.AtomicRenameTemporaryPath.finalize
+
+    async def late(self, *args, **options):
+        if folder.exists():
+            folder.rename(folder.parent / "away")
+        return await real(self, *args, **options)
+
+    monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", late)
+    with pytest.raises(InputError, match=f"cannot write {folder}: it went away meanwhile"):
+        write(folder, [2])
+    monkeypatch.undo()
+    (folder.parent / "away").rename(folder)
+    jax.tree.map(np.testing.assert_array_equal, read(folder)[0], state(1))
 
 
 def test_checksums_see_values_places_and_nothing_else():

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 from corpus_files import WRITERS, add, encoded, noise, parquet, pictures, webdataset, write_tar
-from fsspec.implementations.memory import MemoryFileSystem
-from fsspec.registry import _registry as registered
 
 from pivotjax.cli import run
 from pivotjax.data.corpora import FORMATS, Corpus, CorpusConfig, arrayrecord, open_corpus
@@ -159,28 +157,15 @@ def test_a_list_of_absolute_and_relative_paths(tmp_path, monkeypatch, name):
         open_corpus(listed, tmp_path / "cache")
 
 
-class Bucket(MemoryFileSystem):
-    """A bucket in memory, by the names that gcsfs has for its files."""
-
-    protocol, root_marker, store, pseudo_dirs = ("gs", "gcs"), "", {}, [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return str(path).removeprefix("gs://").removeprefix("gcs://").strip("/")
-
-
 @pytest.mark.parametrize("path", ["gs://bucket/*.tar", "gs://bucket", "gs://bucket/{0..3}.tar", "gs://bucket/x.tar"])
-def test_a_bucket_needs_its_client(tmp_path, path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
+def test_a_bucket_needs_its_client(tmp_path, path, no_gcsfs):
     with pytest.raises(InputError, match=r"gs://bucket.* needs gcsfs: pip install \"pivotjax\[gcs\]\""):
         open_corpus(CorpusConfig("webdataset", path), tmp_path / "cache")
 
 
-def test_a_bucket(tmp_path, monkeypatch):
+def test_a_bucket(tmp_path, bucket):
     """gs:// through etils and fsspec."""
-    for name in ("gs", "gcs"):
-        monkeypatch.setitem(registered, name, Bucket)
-    bucket, samples = Bucket(), pictures()
+    samples = pictures()
     webdataset(tmp_path / "data", samples)
     bucket.mkdir("bucket")
     for file in (tmp_path / "data").iterdir():

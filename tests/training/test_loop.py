@@ -294,6 +294,8 @@ def test_a_checkpoint_folder_that_turns_read_only(tiny, tmp_path):
 
     def swap(step, batch):
         if step == 4:
+            while not (tmp_path / "training/2").exists():  # what a save does whose folder goes away: the tests of saves
+                time.sleep(0.01)
             (tmp_path / "training").rename(tmp_path / "away")
             (tmp_path / "training").write_text("")
 
