@@ -4,6 +4,7 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ REASONS: tuple[str, ...] = (
     "missing image",
     "broken record",
 )
+BAD_LIMIT = 0.05  # share of samples that may be bad where nobody says otherwise
 SHORTEST_EDGE = 8  # pixels: below it a picture shows nothing
 MOST_ASPECT = 20  # longer edge by shorter
 MOST_PIXELS = 1 << 26  # of a picture while it is decoded: 268 MB
@@ -57,6 +59,11 @@ def too_many(bad: int, read: int, limit: float) -> bool:
     read = max(read, _ENOUGH)
     margin = 4 * math.sqrt(max(limit * (1 - limit) * read, 0))
     return bad > limit * read + margin
+
+
+def listed(counts: Iterable[tuple[str, int]]) -> str:
+    """Reasons with their counts, for people."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts)
 
 
 class Decoded(NamedTuple):

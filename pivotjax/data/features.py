@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from pivotjax.data.corpora import Corpus
 from pivotjax.data.corpora.arrayrecord import plain_errors
 from pivotjax.data.corpora.opened import Opened
-from pivotjax.data.decode import BadSample, too_many
+from pivotjax.data.decode import BAD_LIMIT, BadSample, listed, too_many
 from pivotjax.data.devices import replicated, shared_out
 from pivotjax.data.images import render
 from pivotjax.data.sources.base import Item
@@ -86,7 +86,7 @@ def build_shards(
     batch: int = 32,
     shard: int = 4096,
     threads: int = 2,
-    bad_limit: float = 0.05,
+    bad_limit: float = BAD_LIMIT,
 ) -> Path:
     """Renders and encodes a corpus of any size into a folder of ArrayRecords of `shard` samples each; returns it.
 
@@ -157,9 +157,8 @@ def _check_room(name: str, path: Path, samples: int, encoder: vision.Encoder) ->
 
 
 def _spoilt(what: str, bad: Counter[str], limit: float) -> InputError:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
     return InputError(
-        f"{bad.total()} of {what} are bad ({reasons}), data.bad_limit is {limit}; mend the data or "
+        f"{bad.total()} of {what} are bad ({listed(bad.most_common())}), data.bad_limit is {limit}; mend the data or "
         "raise the limit, and run again: finished shards stay"
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64, UInt8
 
 from pivotjax.data.captions import Captioner
-from pivotjax.data.decode import REASONS, too_many
+from pivotjax.data.decode import BAD_LIMIT, REASONS, listed, too_many
 from pivotjax.data.rows import Rows
 from pivotjax.data.shared import Part
 from pivotjax.data.stream import CONVERTED, TOO_LONG, Drawn, Samples, Stream, mixed, shuffled
@@ -87,7 +87,7 @@ class Feed:
     pack: int = 1
     row_tokens: int = 0
     workers: int = 0
-    bad_limit: float = 0.05
+    bad_limit: float = BAD_LIMIT
     share: Share | None = None
 
     def __post_init__(self) -> None:
@@ -188,7 +188,7 @@ class Batches(Iterator[Batch]):
         tried = read + bad
         if too_many(bad, max(tried, window), self._limit):
             self.close()
-            reasons = ", ".join(f"{count} {reason}" for reason, count in zip(REASONS, counts) if count)
+            reasons = listed((reason, count) for reason, count in zip(REASONS, counts) if count)
             what = f"{'the last ' if window else ''}{tried} samples read"
             raise InputError(
                 f"{bad} of {what} are bad ({reasons}), over data.bad_limit = {self._limit}; "

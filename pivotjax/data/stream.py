@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from pivotjax.data.captions import Captioner
-from pivotjax.data.decode import BadSample
+from pivotjax.data.decode import BadSample, listed
 from pivotjax.errors import InputError
 
 TOO_LONG, CONVERTED = "caption too long", "picture made RGB"
@@ -92,7 +92,7 @@ class Stream:
                 counts[CONVERTED] += sample.get("converted", False)
                 return Drawn(self.first + sum(map(len, self.domains[:number])) + index, sample, caption)
             counts[TOO_LONG] += 1
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        reasons = listed(counts.most_common())
         raise InputError(f"domain {domain.name}: {_CANDIDATES} samples in a row cannot be used ({reasons}); look at it")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pivotjax.data.corpora import Corpus, arrayrecord
+from pivotjax.data.decode import BAD_LIMIT
 from pivotjax.errors import InputError
 from pivotjax.files import output_folder
 from pivotjax.progress import Bar
@@ -26,7 +27,7 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     code_path = None  # no folder with checksums of downloads; tfds 4.9 needs importlib_resources to look for one
 
-    def __init__(self, corpus: Corpus | None = None, bad_limit: float = 0.05, **settings):
+    def __init__(self, corpus: Corpus | None = None, bad_limit: float = BAD_LIMIT, **settings):
         self._corpus, self._bad_limit, self.bad = corpus, bad_limit, Counter()
         super().__init__(**settings)
 
@@ -53,7 +54,7 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
                 yield number, {"image": item.image, "caption": item.caption, "key": item.key}
 
 
-def prepare(corpus: Corpus, data_dir: Path, bad_limit: float = 0.05) -> Path:
+def prepare(corpus: Corpus, data_dir: Path, bad_limit: float = BAD_LIMIT) -> Path:
     """Prepares `captioned_images` below `data_dir` and returns its folder, for `CorpusConfig("tfds", folder)`.
 
     Samples that cannot be read are left out, counted and said. InputError where too many samples (a share of

@@ -18,11 +18,11 @@ from pivotjax.checkpoints import store, torch_bridge
 from pivotjax.data import assets, domains, features, images, parts, scenarios
 from pivotjax.data.captions import Captioner, LongCaptions, Template
 from pivotjax.data.corpora import Corpus, CorpusConfig, open_corpus
+from pivotjax.data.decode import BAD_LIMIT, listed
 from pivotjax.data.domains import SPLITS, Split
 from pivotjax.data.features import StoredType
 from pivotjax.data.pictures import Decoder, NonRGB, Pictures
 from pivotjax.data.pipeline import Feed
-from pivotjax.data.scenarios.columns import listed
 from pivotjax.data.sources import source
 from pivotjax.data.stream import TOO_LONG, Samples
 from pivotjax.errors import InputError
@@ -89,7 +89,7 @@ class DataConfig:
     """How pictures become square: centred in white, or by the encoder's processor (CLIP: the middle is cut out)."""
     non_rgb: NonRGB = "convert"
     """Pictures of corpora and scenarios that are not RGB: converted and counted, or dropped as bad."""
-    bad_limit: float = 0.05
+    bad_limit: float = BAD_LIMIT
     """Share of bad samples above which a run stops."""
     pack: int = 1
     """Samples packed into one row."""
@@ -102,6 +102,11 @@ class DataConfig:
         if self.train is not None and self.train < 1:
             raise InputError(f"train must be at least 1, or null for all, not {self.train}")
         configs.check_least(self, max_caption=1, calibration=0, test=0, bad_limit=0, pack=1, row_tokens=0, workers=0)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The domains that are trained on, so far as the recipe itself names them: none of a scenario's."""
+        return () if self.scenario is not None else tuple(self.corpora) or self.domains
 
     @property
     def packaged(self) -> tuple[str, ...]:
@@ -165,10 +170,7 @@ def asset_names(model: ModelConfig, domain_names: Sequence[str]) -> list[str]:
 def domain_names(data: DataConfig, cache: Path) -> tuple[str, ...]:
     """The domains that are trained on: a scenario's, the corpora, or packaged ones. InputError where there are none, or
     where they cannot be called so."""
-    if data.scenario is not None:
-        names = tuple(_scenario(data, cache).domains)
-    else:
-        names = tuple(data.corpora) or data.domains
+    names = data.named if data.scenario is None else tuple(_scenario(data, cache).domains)
     if not names or len(set(names)) < len(names):
         raise InputError(f"training needs different domains, not {', '.join(names) or 'none'}; see data.domains")
     domains.check_names(names)
@@ -285,7 +287,7 @@ def _say_cut(name: str, used: int, available: int) -> None:
 
 def _say_left_out(name: str, count: int, left_out: Mapping[str, int]) -> None:
     if lost := sum(left_out.values()):
-        say(f"{name}: {lost:,} of {count:,} samples left out ({listed(left_out)})")
+        say(f"{name}: {lost:,} of {count:,} samples left out ({listed(left_out.items())})")
 
 
 def _scenario(data: DataConfig, cache: Path) -> scenarios.Scenario:
@@ -364,8 +366,9 @@ def _large_domain(
         splits[split] = stored if split == "train" else _fitting(stored, frozen.captioner, left_out)
         if left_out.total() == len(corpus):
             raise InputError(
-                f"domain {name} has no {split} samples that can be used, of {len(corpus):,} ({listed(left_out)}); "
-                f"raise data.max_caption or data.{split}, or set data.long_captions to truncate"
+                f"domain {name} has no {split} samples that can be used, of {len(corpus):,} "
+                f"({listed(left_out.items())}); raise data.max_caption or data.{split}, or set data.long_captions to "
+                "truncate"
             )
         _say_left_out(f"{name}-{split}", len(corpus), left_out)
         dropped.update(left_out)

@@ -61,7 +61,7 @@ class PipelineConfig(PretrainConfig):
     def __post_init__(self):
         if self.joint:
             raise InputError("joint trains one projector, and there would be nothing to merge; leave it out")
-        experts = () if self.data.scenario is not None else tuple(self.data.corpora) or self.data.domains
+        experts = self.data.named
         if len(experts) == 1:
             raise InputError(f"there is one domain only ({experts[0]}), and nothing to merge; use `pivotjax pretrain`")
         for name, merge_of in self.merges.items():

@@ -10,6 +10,7 @@ import tyro
 from pivotjax import config as configs
 from pivotjax.data.assets import cache_folder
 from pivotjax.data.corpora import CorpusConfig, arrayrecord, open_corpus
+from pivotjax.data.decode import BAD_LIMIT
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class PrepareConfig:
     """Folder to write; nothing may be there yet (tfds: the folder that datasets are in)."""
     into: Literal["arrayrecord", "tfds"] = "arrayrecord"
     """Our own records, or the TFDS dataset captioned_images."""
-    bad_limit: float = 0.05
+    bad_limit: float = BAD_LIMIT
     """Share of samples (of each file of 10,000 records; of a TFDS dataset) that may be unreadable."""
     cache: Path | None = None
     """Where indexes are kept (default: $PIVOTJAX_CACHE or ~/.cache/pivotjax)."""

@@ -14,6 +14,7 @@ from pivotjax import config as configs
 from pivotjax import files
 from pivotjax.data import assets
 from pivotjax.data.corpora import CorpusConfig, open_corpus
+from pivotjax.data.decode import BAD_LIMIT, listed
 from pivotjax.data.domains import check_names
 from pivotjax.data.scenarios import SPLITTERS, DomainsConfig, columns, duplicates, embeddings, folder, manifest, page
 from pivotjax.data.scenarios import splits as splitting
@@ -42,7 +43,7 @@ class ScenarioConfig:
     domains: DomainsConfig = field(default_factory=DomainsConfig)
     duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     splits: SplitsConfig = field(default_factory=SplitsConfig)
-    bad_limit: float = 0.05
+    bad_limit: float = BAD_LIMIT
     """Share of bad samples in a block of 16,384 above which the run stops."""
     seed: int = 0
     """Seed of all that is random."""
@@ -115,9 +116,9 @@ def _split(config: ScenarioConfig, pool: Pool, stored: dict[str, columns.Stored]
     good = reasons == columns.GOOD
     bad = Counter(columns.bad(reasons))
     if not good.any():
-        raise InputError(f"none of {len(pool)} samples can be used ({columns.listed(bad)}); check the corpora")
+        raise InputError(f"none of {len(pool)} samples can be used ({listed(bad.items())}); check the corpora")
     if bad:
-        say(f"scenario: {bad.total():,} of {len(pool):,} samples left out: {columns.listed(bad)}")
+        say(f"scenario: {bad.total():,} of {len(pool):,} samples left out: {listed(bad.items())}")
     options = config.domains
     request = Request(pool, stored, keys, good, options.count, config.seed, options.clustering)
     assigned = SPLITTERS[options.by].assign(options.options, request)

@@ -36,7 +36,7 @@ def experts(config: PretrainConfig, given: int) -> tuple[int, int]:
     if given:
         domains = given
     elif data.scenario is None:
-        domains = len(data.corpora or data.domains)
+        domains = len(data.named)
     elif data.scenario.exists():
         domains = len(read_json(data.scenario / MANIFEST)["domains"])
     else:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from pivotjax.checkpoints.training import CheckpointConfig, TrainingCheckpoints, training_checkpoints
+from pivotjax.data.decode import listed
 from pivotjax.data.domains import check_names
 from pivotjax.data.pipeline import COUNTED, HOST_KEYS, Batch, Feed
 from pivotjax.errors import InputError
@@ -257,7 +258,7 @@ class _Run:
 
     def _summary(self) -> None:
         if bad := self._bad():
-            say("met while reading samples: " + ", ".join(f"{count} {reason}" for reason, count in bad.items()))
+            say("met while reading samples: " + listed(bad.items()))
 
 
 def _ended(metrics: Metrics, clock: Callable[[], float]) -> float:

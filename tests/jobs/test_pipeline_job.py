@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from processes import COMMAND, environment, on_hosts
-from tiny_world import llava_corpus, make_language, make_tower
+from tiny_world import llava_corpus, recipe
 
 from pivotjax.checkpoints import store
 from pivotjax.errors import InputError
@@ -33,19 +32,16 @@ MERGES = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
-    make_language(folder / "language")
-    make_tower("clip", folder / "vision")
-    recipe = {
-        "model": {"vision": str(folder / "vision"), "language": str(folder / "language")},
-        "data": {"corpora": {name: llava_corpus(folder / name, 60, k) for k, name in enumerate(("left", "right"), 1)},
-                 "prompt": "a", "max_caption": 4, "features": "online", "calibration": 8, "test": 10},
-        "training": {"steps": 6, "batch": 4, "learning_rate": 0.01, "log_every": 1},
-        "checkpoints": {"every_steps": 3},
-        "merges": MERGES, "export": "pivot",
-        "measure": {"choices": 3, "control_items": 4, "resamples": 50},
-        "cache": str(folder / "cache"),
-    }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    recipe(
+        folder,
+        {name: llava_corpus(folder / name, 60, k) for k, name in enumerate(("left", "right"), 1)},
+        {"calibration": 8, "test": 10},
+        training={"steps": 6, "batch": 4, "learning_rate": 0.01, "log_every": 1},
+        checkpoints={"every_steps": 3},
+        merges=MERGES,
+        export="pivot",
+        measure={"choices": 3, "control_items": 4, "resamples": 50},
+    )
     return folder
 
 

@@ -3,44 +3,29 @@
 import jax
 import numpy as np
 import pytest
+import tiny_world
 from processes import COMMAND, on_hosts
-from tiny_world import llava_corpus, make_language, make_tower
+from tiny_world import llava_corpus
 
 from pivotjax.checkpoints import store
 from pivotjax.jobs import pretrain
 from pivotjax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
-RECIPE = """
-model: {{vision: {0}/tower, language: {0}/language, select_layer: -1}}
-data:
-  corpora:
-    plain: {{format: llava_json, path: {0}/plain/captions.json, images: {0}/plain}}
-    simple: {{format: llava_json, path: {0}/simple/captions.json, images: {0}/simple}}
-  prompt: a
-  max_caption: 4
-  train: 24
-  calibration: 4
-  test: 2
-  features: online
-training: {{steps: 6, batch: 4, learning_rate: 2.0e-3, log_every: 1}}
-checkpoints: {{every_steps: 4, keep_best: 1}}
-metrics: {{evaluate_every: 3, evaluate_batches: 1}}
-cache: {0}/cache
-"""
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """Tiny towers and two corpora of plain pictures."""
     folder = tmp_path_factory.mktemp("world")
-    make_language(folder / "language")
-    make_tower("clip", folder / "tower")
-    for name in ("plain", "simple"):
-        llava_corpus(folder / name)
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(folder))
-    return path
+    return tiny_world.recipe(
+        folder,
+        {name: llava_corpus(folder / name) for name in ("plain", "simple")},
+        {"train": 24, "calibration": 4, "test": 2},
+        training={"steps": 6, "batch": 4, "learning_rate": 2e-3, "log_every": 1},
+        checkpoints={"every_steps": 4, "keep_best": 1},
+        metrics={"evaluate_every": 3, "evaluate_batches": 1},
+    )
 
 
 def test_two_processes_give_the_projectors_of_one(recipe, tmp_path):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+import tiny_world
 from PIL import Image
 from processes import COMMAND, environment
-from tiny_world import COLOURS, make_language, make_tower
+from tiny_world import COLOURS
 
 from pivotjax.checkpoints import store
 from pivotjax.training.metrics import read_metrics
@@ -57,19 +57,13 @@ def corpus(folder, seed):
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rough")
-    make_language(folder / "language")
-    make_tower("clip", folder / "vision")
-    written = {
-        "model": {"vision": str(folder / "vision"), "language": str(folder / "language")},
-        "data": {"corpora": {name: corpus(folder / name, seed) for seed, name in enumerate(("left", "right"))},
-                 "prompt": "a", "max_caption": 4, "features": "online", "train": None, "calibration": 4, "test": 4,
-                 "bad_limit": 0.1},
-        "training": {"steps": 60, "batch": 4, "learning_rate": 0.002, "log_every": 1},
-        "checkpoints": {"every_steps": 20},
-        "cache": str(folder / "cache"),
-    }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(written))
-    return folder / "recipe.yaml"
+    return tiny_world.recipe(
+        folder,
+        {name: corpus(folder / name, seed) for seed, name in enumerate(("left", "right"))},
+        {"train": None, "calibration": 4, "test": 4, "bad_limit": 0.1},
+        training={"steps": 60, "batch": 4, "learning_rate": 0.002, "log_every": 1},
+        checkpoints={"every_steps": 20},
+    )
 
 
 def pretrain(recipe, out, *args):

@@ -5,6 +5,7 @@ import json
 
 import torch
 import transformers
+import yaml
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -68,3 +69,18 @@ def llava_corpus(folder, count=48, stride=1):
         entries.append({"id": name, "image": name, "conversations": says})
     (folder / "captions.json").write_text(json.dumps(entries))
     return {"format": "llava_json", "path": str(folder / "captions.json"), "images": str(folder)}
+
+
+def recipe(folder, corpora, data, **sections):
+    """Writes the models and a recipe that trains on corpora; `data` and `sections` are added to it."""
+    make_language(folder / "language")
+    make_tower("clip", folder / "vision")
+    written = {
+        "model": {"vision": str(folder / "vision"), "language": str(folder / "language")},
+        "data": {"corpora": corpora, "prompt": "a", "max_caption": 4, "features": "online", **data},
+        "cache": str(folder / "cache"),
+        **sections,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(written))
+    return path

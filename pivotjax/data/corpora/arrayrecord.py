@@ -20,7 +20,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from pivotjax.data.corpora import base
 from pivotjax.data.corpora.opened import LocalFile, Opened, is_remote
-from pivotjax.data.decode import BadSample, too_many
+from pivotjax.data.decode import BAD_LIMIT, BadSample, listed, too_many
 from pivotjax.data.sources.base import Item
 from pivotjax.errors import InputError
 from pivotjax.files import atomic_path, output_folder, read_json, write_json
@@ -85,7 +85,9 @@ def unpack(record: bytes, where: str) -> tuple[str, str, bytes]:
     return key, base.checked_caption(about.get("caption"), key), record[end + 1 :]
 
 
-def write(path: Path, corpus: base.Corpus, records_per_file: int = 10_000, bad_limit: float = 0.05) -> dict[str, int]:
+def write(
+    path: Path, corpus: base.Corpus, records_per_file: int = 10_000, bad_limit: float = BAD_LIMIT
+) -> dict[str, int]:
     """Writes a corpus of any format as the folder `path` of ArrayRecord files, for fast shuffled reading.
 
     Returns how many samples were left out, by reason. The folder appears when it is complete; until then its finished
@@ -139,7 +141,7 @@ def readable(corpus: base.Corpus, numbers: range, bad: Counter[str], bar: Bar, b
             if too_many(bad.total(), len(numbers), bad_limit):
                 raise InputError(
                     f"over {bad_limit:.0%} of the samples {numbers[0]} to {numbers[-1]} cannot be read "
-                    f"({_listed(bad)}); mend the data and start again, or raise bad_limit"
+                    f"({listed(bad.most_common())}); mend the data and start again, or raise bad_limit"
                 ) from error
         else:
             if item.kind not in ("picture", "png"):
@@ -150,14 +152,11 @@ def readable(corpus: base.Corpus, numbers: range, bad: Counter[str], bar: Bar, b
 
 def tell(bad: Counter[str], samples: int, path: Path) -> None:
     """Says what was left out of `path`; InputError where that was everything."""
+    reasons = listed(bad.most_common())
     if bad.total() == samples:
-        raise InputError(f"no sample of the corpus can be read ({_listed(bad)}); check its path and format")
+        raise InputError(f"no sample of the corpus can be read ({reasons}); check its path and format")
     if bad:
-        say(f"{path}: {bad.total()} of {samples} samples left out: {_listed(bad)}")
-
-
-def _listed(bad: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
+        say(f"{path}: {bad.total()} of {samples} samples left out: {reasons}")
 
 
 def write_file(path: Path, items: Iterator[Item]) -> int:

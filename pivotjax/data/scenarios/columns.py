@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Int8, UInt8
 
-from pivotjax.data.decode import REASONS, BadSample, decode, too_many
+from pivotjax.data.decode import REASONS, BadSample, decode, listed, too_many
 from pivotjax.data.scenarios import arrays, hashing
 from pivotjax.data.scenarios.pool import Pool
 from pivotjax.errors import InputError
@@ -218,14 +218,9 @@ def _check(found: Counter[str], block: range, limit: float) -> None:
     """InputError as soon as the bad samples found are too many for the whole block."""
     if too_many(found.total(), len(block), limit):
         raise InputError(
-            f"over {limit:.0%} of the samples {block[0]} to {block[-1]} cannot be used ({listed(found)}); mend the "
-            "data and start again, or raise bad_limit"
+            f"over {limit:.0%} of the samples {block[0]} to {block[-1]} cannot be used ({listed(found.items())}); "
+            "mend the data and start again, or raise bad_limit"
         )
-
-
-def listed(found: Mapping[str, int]) -> str:
-    """Bad samples by reason, as text."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in found.items())
 
 
 class _Sample(NamedTuple):
