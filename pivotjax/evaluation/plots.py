@@ -222,12 +222,12 @@ def cosines(report: dict) -> Plot | None:
     merges = _layers_with(report, "cosines")
     if not merges:
         return None
-    layers = next(iter(merges.values()))
+    name, layers = next(iter(merges.items()))
+    experts = report["merges"][name]["experts"]
     size = max(len(found["cosines"]) for found in layers.values())
     width = min(WIDTH, (1.0 + 0.75 * size) * len(layers))
     figure, axes = row_of_axes(len(layers), height=0.42 * size + 1.3, width=width)
     for axis, (layer, found) in zip(axes, layers.items()):
-        experts = list(found.get("update_norms", {})) or [str(k) for k in range(len(found["cosines"]))]
         cosine_map(axis, found["cosines"], experts)
         axis.set_title(layer, loc="left", fontsize=9.5)
     return Plot(figure, "Cosines between the experts' updates in each layer.")

@@ -9,8 +9,9 @@ Format 1; every part may be missing. An estimate is {mean, low, high, n}, over s
     projectors: {name: {domain or "trained": {loss, retrieval, shuffled_loss, image_gain: estimate}}}
     comparisons: [{a, b: name, domain, metric: "loss" | "retrieval", difference: estimate of a - b on the same items}]
     tuned: {method: {option, values: [float], loss: [float], best: float}}
-    merges: {name: {method, options, layers: {layer: {update_norms, weights: {expert: float}, cosines: [[float]],
-        spectrum, consensus: [float], rank: int, energy_kept, rescale: float}}}}
+    merges: {name: {method, options, experts: [str], layers: {layer: {update_norms, weights: {expert: float},
+        cosines: [[float]] (rows and columns as `experts`), spectrum, consensus: [float], rank: int, energy_kept,
+        rescale: float}}}}
     training: {experts, joint: {"loss curves": {name: [[step, loss]]}}, diverged: [name]}
     samples: [{domain, caption, image_png_base64: str, generated: {name: text}}]
 

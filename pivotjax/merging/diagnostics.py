@@ -10,7 +10,7 @@ import numpy as np
 
 from pivotjax.merging import spectral
 from pivotjax.merging.spectral import matmul, nonzero, transpose
-from pivotjax.merging.updates import Updates, batched
+from pivotjax.merging.updates import Layer, Updates, batched
 
 _DIRECTIONS = 64  # so many leading directions go into a report
 _EXACT = 1024  # up to this smaller side an eigenproblem costs little more than a range finder
@@ -26,7 +26,8 @@ def brief(updates: Updates, merged: list[jax.Array]) -> dict[str, dict]:
         merged: the merged update, a leaf each.
 
     Returns:
-        `{layer: {"update_norms": {expert: Frobenius norm}, "cosines": [K][K]}}`; a scanned stack has one entry a layer,
+        `{layer: {"update_norms": {expert: Frobenius norm}, "cosines": [K][K]}}`, rows and columns in the order of
+        `updates.names`; a scanned stack has one entry a layer,
         `name[i]`. Without a base the updates are the weights.
     """
     inner = _inner_products(updates)
@@ -76,39 +77,41 @@ def full(updates: Updates, merged: list[jax.Array]) -> dict[str, dict]:
 
         One expert alone has no pairs and no conflicts.
     """
-    found = _facts(updates, merged)
     pairs = [f"{a} & {b}" for a, b in combinations(updates.names, 2)]
     report = {}
-    for layer in updates.layout.layers:
-        for i, label in enumerate(layer.labels()):
-            facts = jax.tree.map(lambda leaf, i=i: leaf[i], found[layer.name])
+    for group, found in zip(updates.layout.groups, _facts(updates, merged)):
+        labels = [(layer, label) for layer in group for label in layer.labels()]
+        for i, (layer, label) in enumerate(labels):
+            facts = jax.tree.map(lambda leaf, i=i: leaf[i], found)
             for key in ("update_norms", "singular_values", "effective_rank"):
                 facts[key] = by_expert(updates, facts[key])
             for key in ("distance", "cosine"):
                 facts["merge"][key] = by_expert(updates, facts["merge"][key])
             facts["subspace_overlap"] = {side: dict(zip(pairs, c)) for side, c in facts["subspace_overlap"].items()}
             report[label] = {"shape": list(layer.matrix_shape), **facts}
-    return report
+    return {label: report[label] for layer in updates.layout.layers for label in layer.labels()}
 
 
 Facts = dict[str, Any]  # arrays, nested
 
 
 @jax.jit
-def _facts(updates: Updates, merged: list[jax.Array]) -> dict[str, Facts]:
-    """`{layer: facts [n, ...]}`.
+def _facts(updates: Updates, merged: list[jax.Array]) -> list[Facts]:
+    """Facts `[n, ...]` of the n matrices of each of the layout's groups. They stay together: a program that returns
+    each matrix' facts alone takes minutes to compile for the layers of a whole model.
 
     By `lax.map` over matrices, experts and pairs, not batched: the intermediates of one are in memory at a time, and no
     LAPACK call has a batch. Two batched ones in one program can wait for each other for ever, each inside a thread of
     XLA's pool on the CPU (jaxlib 0.10).
     """
     leaves = tuple(leaf.astype(updates.dtype)[None] for leaf in merged)
-    merge = Updates(("merged",), updates.layout, None, leaves)
+    experts, merge = updates.layers, Updates(("merged",), updates.layout, None, leaves).layers
 
-    def each(update: jax.Array, merged: jax.Array) -> Facts:
-        return jax.lax.map(lambda pair: _matrix_facts(*pair), (update.swapaxes(0, 1), merged[0]))
+    def of(group: list[Layer]) -> Facts:
+        update, one = (jnp.concatenate([seen[layer.name] for layer in group], 1) for seen in (experts, merge))
+        return jax.lax.map(lambda pair: _matrix_facts(*pair), (update.swapaxes(0, 1), one[0]))
 
-    return batched(each, updates.layers, merge.layers)
+    return [of(group) for group in updates.layout.groups]
 
 
 def _matrix_facts(update: jax.Array, merged: jax.Array) -> Facts:
@@ -223,19 +226,27 @@ def _inner_products(updates: Updates) -> dict[str, jax.Array]:
 
 
 def plain(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A report with JAX's arrays and scalars as lists and numbers, for JSON; consensus of the kept directions alone."""
-    host = jax.tree.map(_plain, jax.device_get(dict(report)))
+    """A report with JAX's arrays and scalars as lists and numbers, for JSON; consensus of the kept directions alone.
+
+    Layers and experts stay in their order, which JAX would make that of their names.
+    """
+    host = _plain(report, jax.device_get(dict(report)))
     for facts in host.get("layers", {}).values():
         if "consensus" in facts and "rank" in facts:
             facts["consensus"] = facts["consensus"][: facts["rank"]]
     return host
 
 
-def _plain(leaf: Any) -> Any:
-    """Float32 becomes the shortest decimal that stands for it: .1, not .10000000149011612."""
-    if not hasattr(leaf, "tolist"):
-        return leaf
-    return (leaf.astype(str).astype(float) if leaf.dtype == np.float32 else leaf).tolist()
+def _plain(like: Any, found: Any) -> Any:
+    """`found` in the order of `like`. Float32 becomes the shortest decimal that stands for it: .1, not
+    .10000000149011612."""
+    if isinstance(like, Mapping):
+        return {key: _plain(value, found[key]) for key, value in like.items()}
+    if isinstance(like, (list, tuple)):
+        return [_plain(*pair) for pair in zip(like, found)]
+    if not hasattr(found, "tolist"):
+        return found
+    return (found.astype(str).astype(float) if found.dtype == np.float32 else found).tolist()
 
 
 def by_expert(updates: Updates, values: jax.Array) -> dict[str, jax.Array]:

@@ -44,7 +44,7 @@ def sizes(report: dict) -> Plot | None:
 
 def cosines(report: dict) -> Plot | None:
     """Cosines between the updates, and of the merged update to each."""
-    layers = {label: _cosines_with_merge(facts) for label, facts in _with(report, "cosines")}
+    layers = {label: _cosines_with_merge(facts, report["experts"]) for label, facts in _with(report, "cosines")}
     if not layers:
         return None
     alt = "Cosines between the experts' updates, and of the merged update to each of them, a layer."
@@ -226,13 +226,13 @@ def _with_merge(facts: dict, key: str, merge_key: str) -> dict[str, Any]:
     return facts[key] if merged is None else {**facts[key], _MERGE: merged}
 
 
-def _cosines_with_merge(facts: dict) -> tuple[list[str], list[list[float]]]:
+def _cosines_with_merge(facts: dict, experts: list[str]) -> tuple[list[str], list[list[float]]]:
     """Names and the table of cosines, with a last row and column of the merge where the report has it."""
-    names, table = list(facts["update_norms"]), [[number(v) for v in row] for row in facts["cosines"]]
+    table = [[number(v) for v in row] for row in facts["cosines"]]
     if "merge" not in facts:
-        return names, table
-    own = [number(facts["merge"]["cosine"][name]) for name in names]
-    return [*names, _MERGE], [*([*row, c] for row, c in zip(table, own)), [*own, 1.0]]
+        return experts, table
+    own = [number(facts["merge"]["cosine"][name]) for name in experts]
+    return [*experts, _MERGE], [*([*row, c] for row, c in zip(table, own)), [*own, 1.0]]
 
 
 def _by_expert(panels: Mapping[str, Mapping[str, Mapping[str, float]]], alt: str) -> Plot | None:

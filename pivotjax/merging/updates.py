@@ -10,7 +10,7 @@ stack), the bias joined as one more input column (an input of 1).
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -75,6 +75,14 @@ class Layout:
         """Indices of the layers' weights (kernels)."""
         return tuple(layer.weight for layer in self.layers)
 
+    @property
+    def groups(self) -> list[list[Layer]]:
+        """The layers, those whose matrices have one shape together."""
+        groups: dict[tuple[int, int], list[Layer]] = {}
+        for layer in self.layers:
+            groups.setdefault(layer.matrix_shape, []).append(layer)
+        return list(groups.values())
+
     def layer(self, name: str) -> Layer:
         return next(layer for layer in self.layers if layer.name == name)
 
@@ -138,7 +146,7 @@ class Updates:
         """Whether updates are measured from a base."""
         return self.base is not None
 
-    @property
+    @cached_property  # looks at every leaf, and is asked for each
     def dtype(self) -> Any:
         """In which sums are made: float64 where some leaf is, else float32."""
         wide = any(np.dtype(leaf.dtype) == np.float64 for leaf in jax.tree.leaves((self.base, self.experts)))

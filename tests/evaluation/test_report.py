@@ -12,6 +12,7 @@ from PIL import Image
 
 from pivotjax.errors import InputError
 from pivotjax.evaluation.metrics import Outcome, compare, summarise
+from pivotjax.evaluation.plots import cosines
 from pivotjax.evaluation.report import headlines, verdicts, write_report
 
 TRAINED, UNSEEN = ("emoji", "icons", "shapes"), "outlines"
@@ -118,6 +119,7 @@ def _merge(generator, method: str) -> dict:
     return {
         "method": method.split(":")[0],
         "options": options,
+        "experts": list(TRAINED),
         "layers": {"linear_0": layer(120), "linear_1": layer(90)},
     }
 
@@ -206,6 +208,14 @@ def test_json_and_figures(written):
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
             assert image.width > 600 and np.asarray(image.convert("L")).std() > 5  # something is drawn
+
+
+def test_cosines_bear_the_names_of_their_experts():
+    """Whatever the order of the dicts in a report: JAX sorts them."""
+    norms = {"a": 1.0, "b": 1.0, "c": 1.0}
+    layers = {"linear_0": {"update_norms": norms, "cosines": [[1, 0.5, 0.25], [0.5, 1, 0], [0.25, 0, 1]]}}
+    figure = cosines({"merges": {"ties": {"experts": ["c", "a", "b"], "layers": layers}}}).figure
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["c", "a", "b"]
 
 
 def _said(report: dict) -> list[str]:

@@ -74,8 +74,8 @@ def deep(layers, experts):
     rng = np.random.default_rng(0)
 
     def model():
-        blocks = {f"model.layers.{i}.{kind}.weight": rng.normal(size=(9, 8)).astype(np.float32)
-                  for i in range(layers) for kind in ("query", "up")}  # fmt: skip
+        blocks = {f"model.layers.{i}.{kind}.weight": rng.normal(size=(rows, 8)).astype(np.float32)
+                  for i in range(layers) for kind, rows in (("query", 9), ("up", 10))}  # fmt: skip
         return blocks | {"model.embed.weight": rng.normal(size=(12, 8)).astype(np.float32)}
 
     return model(), {f"runs/{k}/a-long-name-of-expert-{k}": model() for k in range(experts)}
@@ -127,11 +127,29 @@ def test_many_layers_and_experts(tmp_path, layers, experts):
     """Depth curves instead of a panel a layer; long tables and lists fold."""
     base, named = deep(layers, experts)
     report = full(base, named, "task_arithmetic") | {"exceptions": {f"norm.{i}": "averaged" for i in range(2 * layers)}}
-    assert len(report["layers"]) == 2 * layers + 1
+    blocks = [f"model.layers.{i}.{kind}" for i in range(layers) for kind in ("query", "up")]
+    assert list(report["layers"]) == ["model.embed", *sorted(blocks, key=lambda name: (int(name.split(".")[2]), name))]
     assert drawn(report) == (FULL if layers == 1 else FULL - {"spectra"})
     found = written(tmp_path, report)
     assert f"model.layers.{layers - 1}.up" in found.said and ("details" in found.tags) == (layers > 1 or experts > 12)
     assert (tmp_path / page.NAME).stat().st_size < 3_000_000
+
+
+def test_experts_keep_their_order_and_cosines_their_names():
+    """Two experts that are one, and one unlike them, named so that their order is not that of the alphabet."""
+    rng = np.random.default_rng(0)
+    base, same, other = (random_params(rng) for _ in range(3))
+    report = full(base, {"z": same, "a": other, "c": same}, "task_arithmetic")
+    assert report["experts"] == ["z", "a", "c"]
+    for facts in report["layers"].values():
+        assert list(facts["update_norms"]) == ["z", "a", "c"] and list(facts["merge"]["cosine"]) == ["z", "a", "c"]
+        assert facts["cosines"][0][2] == pytest.approx(1, abs=1e-5) and abs(facts["cosines"][0][1]) < 0.9
+    report = json.loads(json.dumps(report, sort_keys=True))  # as any tool may write it again
+    axis = plots.cosines(report).figure.axes[0]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    table = np.array(axis.images[0].get_array())
+    assert sorted(names[:3]) == ["a", "c", "z"] and table[names.index("z"), names.index("c")] > 0.99
+    assert abs(table[names.index("z"), names.index("a")]) < 0.9
 
 
 def test_headlines_say_what_the_numbers_say():
