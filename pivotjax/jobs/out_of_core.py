@@ -21,7 +21,7 @@ import numpy as np
 
 from pivotjax.checkpoints.tensors import Checkpoint, Spec, sizes
 from pivotjax.errors import InputError
-from pivotjax.merging import merge, settings
+from pivotjax.merging import diagnostics, merge, settings
 from pivotjax.merging.registry import Method
 from pivotjax.merging.updates import finite, layout_of
 from pivotjax.progress import Bar
@@ -336,7 +336,7 @@ class _Programs:
 
         def run(base: list | None, experts: list[list]) -> tuple[list, list, dict]:
             outputs, report = self._merged(names, base, experts, options)
-            arrays, fixed["words"] = _parted(report["layers"])
+            arrays, fixed["words"] = diagnostics.parted(report["layers"])
             fixed["options"] = dict(report["options"])
             fixed["exceptions"] = report["exceptions"]
             return outputs, [finite(output) for output in outputs], arrays
@@ -375,7 +375,7 @@ class _Programs:
         real = dict(zip(names, unit.names))
         parent = re.split(r"[./](?=[^./]*$)", unit.names[0])[0]
         rename = (lambda label: label) if self._own_names else (lambda label: label.replace(_STEM, parent, 1))
-        for label, facts in _joined(jax.device_get(layers), fixed["words"]).items():
+        for label, facts in diagnostics.joined(jax.device_get(layers), fixed["words"]).items():
             self._found.layers[rename(label)] = facts
         self._found.options |= fixed["options"]
         self._found.exceptions |= {real.get(path, path): said for path, said in fixed["exceptions"].items()}
@@ -396,17 +396,3 @@ def _common_name(name: str) -> str:
 
 def _precision(wide: bool) -> contextlib.AbstractContextManager:
     return jax.enable_x64(True) if wide else contextlib.nullcontext()
-
-
-def _parted(report: Mapping[str, Mapping[str, Any]]) -> tuple[list, Any]:
-    """The arrays of a report, which a program returns, and the rest of it, which its trace knows."""
-    leaves, tree = jax.tree.flatten(report)
-    held = [isinstance(leaf, jax.Array) for leaf in leaves]
-    arrays = [leaf for leaf, is_array in zip(leaves, held) if is_array]
-    return arrays, (tree, [None if is_array else leaf for leaf, is_array in zip(leaves, held)], held)
-
-
-def _joined(arrays: Sequence[Any], rest: Any) -> dict[str, dict]:
-    tree, leaves, held = rest
-    given = iter(arrays)
-    return jax.tree.unflatten(tree, [next(given) if is_array else leaf for leaf, is_array in zip(leaves, held)])

@@ -157,14 +157,11 @@ def merged_on_devices(
     def program(w0, params):
         chosen = params if len(rows) == len(names) else jax.tree.map(lambda leaf: leaf[np.array(rows)], params)
         result = merge_experts(w0, Stacked(chosen, [names[row] for row in rows]), method, **options)
-        leaves, told["tree"] = jax.tree.flatten(result.report, is_leaf=lambda leaf: leaf is None)
-        told["plain"] = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)}
-        return result.params, {str(i): leaf for i, leaf in enumerate(leaves) if i not in told["plain"]}
+        arrays, told["rest"] = diagnostics.parted(result.report)
+        return result.params, arrays
 
     merged, arrays = jax.jit(program, out_shardings=everywhere)(jax.tree.map(np.asarray, w0), params)
-    arrays = jax.device_get(arrays)
-    leaves = [told["plain"].get(i, arrays.get(str(i))) for i in range(told["tree"].num_leaves)]
-    return Merge(jax.device_get(merged), diagnostics.plain(jax.tree.unflatten(told["tree"], leaves)))
+    return Merge(jax.device_get(merged), diagnostics.plain(diagnostics.joined(arrays, told["rest"])))
 
 
 def _evaluated(

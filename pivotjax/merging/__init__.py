@@ -50,8 +50,8 @@ def merge(
             that need no base, such as `average`.
         experts: `{name: pytree}`, or a sequence (named `expert_0`, ...), or `Stacked(params, names)` with a leading
             expert axis. Their order counts where a formula is not symmetric (`slerp`); a dict that is an argument of a
-            jitted function arrives there sorted by name. Leaves are floating-point arrays; a `kernel` is `[..., d_in, d_out]`, a `weight` is
-            `[..., d_out, d_in]`, a sibling `bias` belongs to it.
+            jitted function arrives there sorted by name. Leaves are floating-point arrays; a `kernel` is
+            `[..., d_in, d_out]`, a `weight` is `[..., d_out, d_in]`, a sibling `bias` belongs to it.
         method: a registered name; `describe()` lists them.
         calibration: statistics of calibration data, for methods and options that use them.
         platform: where to merge; None: where the arrays are. `cpu` on a TPU host uses LAPACK, the safe default for one

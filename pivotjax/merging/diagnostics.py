@@ -1,6 +1,6 @@
 """What a merge looks like from inside, a layer: numbers for people, JSON-able."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, combinations_with_replacement
 from typing import Any
 
@@ -12,6 +12,7 @@ from pivotjax.merging import spectral
 from pivotjax.merging.spectral import matmul, nonzero, transpose
 from pivotjax.merging.updates import Layer, Updates, batched
 
+_ARRAY = object()  # stands in a report for an array that was taken out
 _DIRECTIONS = 64  # so many leading directions go into a report
 _EXACT = 1024  # up to this smaller side an eigenproblem costs little more than a range finder
 _ITERATIONS = 4  # of the range finder beyond it
@@ -225,28 +226,54 @@ def _inner_products(updates: Updates) -> dict[str, jax.Array]:
     return batched(inner, updates.layers)
 
 
+def parted(report: Mapping[str, Any]) -> tuple[list[jax.Array], dict[str, Any]]:
+    """The arrays of a traced report, for its program to return, and the rest, which the trace knows; see `joined`."""
+    arrays: list[jax.Array] = []
+
+    def rest(value: Any) -> Any:
+        if isinstance(value, jax.Array):
+            arrays.append(value)
+            return _ARRAY
+        return _mapped(rest, value)
+
+    return arrays, rest(report)
+
+
+def joined(arrays: Sequence[Any], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The report that `parted` took apart, with the arrays that a program returned; names stay in their order."""
+    given = iter(arrays)
+
+    def whole(value: Any) -> Any:
+        return next(given) if value is _ARRAY else _mapped(whole, value)
+
+    return whole(rest)
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """`function` of what a dict or list holds; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {key: function(one) for key, one in value.items()}
+    return [function(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
 def plain(report: Mapping[str, Any]) -> dict[str, Any]:
     """A report with JAX's arrays and scalars as lists and numbers, for JSON; consensus of the kept directions alone.
 
     Layers and experts stay in their order, which JAX would make that of their names.
     """
-    host = _plain(report, jax.device_get(dict(report)))
+    arrays, rest = parted(report)
+    host = _plain(joined(jax.device_get(arrays), rest))
     for facts in host.get("layers", {}).values():
         if "consensus" in facts and "rank" in facts:
             facts["consensus"] = facts["consensus"][: facts["rank"]]
     return host
 
 
-def _plain(like: Any, found: Any) -> Any:
-    """`found` in the order of `like`. Float32 becomes the shortest decimal that stands for it: .1, not
-    .10000000149011612."""
-    if isinstance(like, Mapping):
-        return {key: _plain(value, found[key]) for key, value in like.items()}
-    if isinstance(like, (list, tuple)):
-        return [_plain(*pair) for pair in zip(like, found)]
-    if not hasattr(found, "tolist"):
-        return found
-    return (found.astype(str).astype(float) if found.dtype == np.float32 else found).tolist()
+def _plain(value: Any) -> Any:
+    """Float32 becomes the shortest decimal that stands for it: .1, not .10000000149011612."""
+    if hasattr(value, "tolist"):
+        return (value.astype(str).astype(float) if value.dtype == np.float32 else value).tolist()
+    return _mapped(_plain, value)
 
 
 def by_expert(updates: Updates, values: jax.Array) -> dict[str, jax.Array]:
