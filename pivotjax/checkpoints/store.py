@@ -15,9 +15,15 @@ from pivotjax.models import projector
 FORMAT = 1
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's file
 _SIZES = "sizes.json"  # of all other files of a checkpoint, in bytes
-_FULL = ("No space left", "File too large", "Disk quota", "Errno 28", "Errno 27")
-_REFUSED = ("Read-only file system", "Permission denied", "PERMISSION_DENIED", "Not a directory")
-_GONE = ("No such file or directory", "directory does not exist")
+_DISK = {  # what is said: signs of it in the texts of Orbax' and TensorStore's errors
+    "no space left; free some space or choose another folder": (
+        "No space left", "File too large", "Disk quota", "Errno 28", "Errno 27"
+    ),
+    "it may not be written to; choose another folder": (
+        "Read-only file system", "Permission denied", "PERMISSION_DENIED", "Not a directory"
+    ),
+    "it went away meanwhile; see that its disk is mounted": ("No such file or directory", "directory does not exist"),
+}  # fmt: skip
 
 
 class Projector(NamedTuple):
@@ -139,10 +145,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         text = " ".join(str(error).split())
-        if any(sign in text for sign in _FULL):
-            raise InputError(f"cannot write {path}: no space left; free some space or choose another folder") from error
-        if any(sign in text for sign in _REFUSED):
-            raise InputError(f"cannot write {path}: it may not be written to; choose another folder") from error
-        if any(sign in text for sign in _GONE):
-            raise InputError(f"cannot write {path}: it went away meanwhile; see that its disk is mounted") from error
+        for said, signs in _DISK.items():
+            if any(sign in text for sign in signs):
+                raise InputError(f"cannot write {path}: {said}") from error
         raise

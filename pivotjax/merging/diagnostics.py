@@ -28,8 +28,7 @@ def brief(updates: Updates, merged: list[jax.Array]) -> dict[str, dict]:
 
     Returns:
         `{layer: {"update_norms": {expert: Frobenius norm}, "cosines": [K][K]}}`, rows and columns in the order of
-        `updates.names`; a scanned stack has one entry a layer,
-        `name[i]`. Without a base the updates are the weights.
+        `updates.names`; a scanned stack has one entry a layer, `name[i]`. Without a base the updates are the weights.
     """
     inner = _inner_products(updates)
     report = {}
